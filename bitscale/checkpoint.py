@@ -1,0 +1,295 @@
+"""Layout-free checkpoints: fp32 masters and Adam moments as fragments in safetensors.
+
+A checkpoint is a directory `step-00000200/`:
+
+    state-00000-of-00002.safetensors   one a rank: flat fp32 fragments, see `_key`
+    meta.json                          step, shapes, configuration, fingerprints, file checksums
+
+Any number of ranks at any ZeRO stage can read what any other wrote: a reader takes the flat
+ranges it needs out of whichever files hold them. 16-bit compute weights are not stored; they are
+the rounded masters, exactly. Nothing in the directory is executable (no pickle).
+
+A checkpoint comes into being by one rename after everything in it is durable; then `latest`
+moves. A crash at any moment leaves the previous one in force.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bitscale.engine.fragments import MOMENTS, Fragment
+from bitscale.errors import CheckpointError
+from bitscale.mesh import Mesh
+
+FORMAT = "bitscale-checkpoint-1"
+_KINDS = ("master", *MOMENTS)
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a checkpoint says about itself."""
+
+    step: int  # optimizer steps completed
+    tokens: int  # tokens consumed
+    lambda_weight: float
+    lambda_activation: float
+    config: dict[str, Any]  # resolved configuration, as in config.yaml
+    config_hash: str
+    fingerprints: dict[str, str]  # "data", "tokenizer", "model"
+    shapes: dict[str, list[int]]  # logical shape of every parameter
+    adam_steps: dict[str, int]  # Adam's step count of every parameter
+    world_size: int
+    versions: dict[str, str]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {bytes, sha256}
+    format: str = FORMAT
+
+
+def save(
+    root: Path,
+    meta: Meta,
+    fragments: Iterable[Fragment],
+    mesh: Mesh,
+    *,
+    rng_state: Tensor,
+) -> Path:
+    """Write `root/step-N` from every rank (a collective) and move `latest` to it.
+
+    Returns its path. Raises CheckpointError on every rank if one rank could not write.
+    """
+    final = root / f"step-{meta.step:08d}"
+    staging = root / f".{final.name}.partial"
+    if mesh.is_main:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+    mesh.barrier()
+    name = f"state-{mesh.rank:05d}-of-{mesh.world_size:05d}.safetensors"
+    outcomes = mesh.gather_objects(_write_shard(staging / name, fragments, rng_state))
+    failures = [str(outcome) for outcome in outcomes if isinstance(outcome, str)]
+    if failures:
+        raise CheckpointError(
+            f"{final}: not saved, {failures[0]}; the previous checkpoint remains in force"
+        )
+    if mesh.is_main:
+        files = {
+            f"state-{rank:05d}-of-{mesh.world_size:05d}.safetensors": outcome
+            for rank, outcome in enumerate(outcomes)
+        }
+        _publish(staging, final, {**asdict(meta), "files": files})
+    mesh.barrier()
+    return final
+
+
+def prune(root: Path, keep_last: int, keep_every: int) -> None:
+    """Delete checkpoints beyond the last `keep_last`, but never multiples of `keep_every`."""
+    for path in list_checkpoints(root)[:-keep_last]:
+        if not (keep_every and _step_of(path) % keep_every == 0):
+            # Renamed first: a kill in the middle leaves nothing that looks whole.
+            doomed = root / f".{path.name}.deleted"
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+    for leftover in root.glob(".step-*.deleted"):
+        shutil.rmtree(leftover)
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints under `root`, oldest first."""
+    return sorted(path for path in root.glob("step-*") if (path / "meta.json").is_file())
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The checkpoint in force, or None if there is none yet.
+
+    A crash between the rename and the move of `latest` leaves `latest` one behind; both are
+    whole, and the older one is then in force.
+    """
+    pointer = root / "latest"
+    if not pointer.is_file():
+        whole = list_checkpoints(root)
+        return whole[-1] if whole else None
+    path = root / pointer.read_text().strip()
+    if not (path / "meta.json").is_file():
+        raise CheckpointError(
+            f"{pointer} names {path.name!r}, which is missing or incomplete; write the name of "
+            f"one of {[p.name for p in list_checkpoints(root)]} into it, or delete it"
+        )
+    return path
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint directory that a user means: a checkpoint, a run, or its checkpoints/."""
+    if (path / "meta.json").is_file():
+        return path
+    for root in (path, path / "checkpoints"):
+        found = latest_checkpoint(root) if root.is_dir() else None
+        if found is not None:
+            return found
+    raise CheckpointError(
+        f"{path}: no checkpoint here; name a run directory, or a step-... directory with a "
+        "meta.json in it"
+    )
+
+
+def read_meta(path: Path) -> Meta:
+    """Parse `path/meta.json`."""
+    file = path / "meta.json"
+    try:
+        tree = json.loads(file.read_text())
+        if tree.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{file}: format {tree.get('format')!r}, this version reads {FORMAT!r}"
+            )
+        return Meta(**tree)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: missing; the checkpoint is incomplete") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: damaged ({error}); use another checkpoint") from error
+
+
+class Reader:
+    """Reads flat ranges of any parameter's master or moments out of a checkpoint.
+
+    Every file is verified against its checksum before its first byte is used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.meta = read_meta(path)
+        self._handles: dict[str, Any] = {}
+        # (parameter, kind) -> [(start, numel, file, key)]
+        self._index: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
+        for name in self.meta.files:
+            self._open(name)
+
+    def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
+        """fp32 [numel]: elements [start, start + numel) of parameter `name`.
+
+        `kind` is "master", "exp_avg" or "exp_avg_sq".
+        """
+        out = torch.empty(numel, dtype=torch.float32)
+        filled = 0
+        for piece_start, piece_numel, file, key in self._index.get((name, kind), []):
+            low, high = max(start, piece_start), min(start + numel, piece_start + piece_numel)
+            if low < high:
+                piece = self._handles[file].get_slice(key)[low - piece_start : high - piece_start]
+                out[low - start : high - start] = piece
+                filled += high - low
+        if filled != numel:
+            raise CheckpointError(
+                f"{self.path}: {name} ({kind}) has {filled} of the {numel} elements wanted; "
+                "the checkpoint is of another model or incomplete"
+            )
+        return out
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, fp32 master in its logical shape), one at a time."""
+        for name, shape in self.meta.shapes.items():
+            yield name, self.read(name, "master", 0, math.prod(shape)).view(shape)
+
+    def rng_state(self, rank: int) -> Tensor | None:
+        """The CPU generator state that `rank` saved; None if there was no such rank."""
+        name = f"state-{rank:05d}-of-{self.meta.world_size:05d}.safetensors"
+        return self._handles[name].get_tensor("rng_state") if name in self._handles else None
+
+    def restore(self, fragments: Iterable[Fragment]) -> None:
+        """Fill this rank's fragments in place."""
+        for fragment in fragments:
+            for kind, view in zip(
+                _KINDS, (fragment.master, fragment.exp_avg, fragment.exp_avg_sq), strict=True
+            ):
+                view.copy_(self.read(fragment.name, kind, fragment.start, fragment.numel))
+            fragment.step.fill_(self.meta.adam_steps[fragment.name])
+
+    def _open(self, name: str) -> None:
+        path, expected = self.path / name, self.meta.files[name]
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing, though meta.json lists it")
+        if path.stat().st_size != expected["bytes"]:
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size} bytes instead of {expected['bytes']}; truncated "
+                "or foreign: use another checkpoint"
+            )
+        if _sha256(path) != expected["sha256"]:
+            raise CheckpointError(
+                f"{path}: checksum differs from meta.json; damaged or foreign: use another "
+                "checkpoint"
+            )
+        try:
+            handle = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
+        self._handles[name] = handle
+        for key in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+            if "|" in key:
+                parameter, kind, start = key.split("|")
+                numel = handle.get_slice(key).get_shape()[0]
+                self._index.setdefault((parameter, kind), []).append((int(start), numel, name, key))
+
+
+def _write_shard(
+    path: Path, fragments: Iterable[Fragment], rng_state: Tensor
+) -> dict[str, Any] | str:
+    """{bytes, sha256} of the durable file, or what went wrong (so that no rank waits for ever)."""
+    tensors = {"rng_state": rng_state}
+    for fragment in fragments:
+        if fragment.saved_here:
+            for kind, view in zip(
+                _KINDS, (fragment.master, fragment.exp_avg, fragment.exp_avg_sq), strict=True
+            ):
+                # A copy: safetensors refuses views that share a storage.
+                tensors[_key(fragment.name, kind, fragment.start)] = view.detach().cpu().clone()
+    try:
+        save_file(tensors, path)
+        _fsync(path)
+        return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    except (OSError, SafetensorError) as error:
+        return f"{path.name}: {error}"
+
+
+def _key(name: str, kind: str, start: int) -> str:
+    """`layers.0.attn.q.weight|exp_avg|4096`: parameter, kind, first flat element."""
+    return f"{name}|{kind}|{start}"
+
+
+def _publish(staging: Path, final: Path, meta: Mapping[str, Any]) -> None:
+    meta_file = staging / "meta.json"
+    meta_file.write_text(json.dumps(meta, indent=1) + "\n")
+    _fsync(meta_file)
+    _fsync(staging)
+    if final.exists():  # saved again after a roll-back to an earlier step
+        shutil.rmtree(final)
+    staging.rename(final)
+    _fsync(final.parent)
+    pointer = final.parent / ".latest.partial"
+    pointer.write_text(final.name + "\n")
+    _fsync(pointer)
+    pointer.replace(final.parent / "latest")
+    _fsync(final.parent)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,132 @@
+"""Conditions that span several keys, checked once, before anything is started."""
+
+from bitscale.config.derived import num_kv_heads, num_steps, span_steps, transition_step
+from bitscale.config.schema import Config
+from bitscale.errors import ConfigError
+
+# DeepSpeed keys that bitscale derives; letting a raw section change them would make the
+# configuration say one thing and the engine do another.
+_OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size / (micro_batch_size x ranks)",
+    "gradient_clipping": "optim.clip",
+    "bf16": "train.dtype",
+    "fp16": "train.dtype",
+    "data_types": "train.dtype",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+}
+
+
+def check(cfg: Config) -> None:
+    """Raise ConfigError for the first impossible combination."""
+    _check_model(cfg)
+    _check_engine(cfg)
+    _check_schedule(cfg)
+    _check_transition(cfg)
+
+
+def check_world_size(cfg: Config, world_size: int) -> None:
+    """Raise ConfigError if the global batch cannot be split evenly over `world_size` ranks."""
+    micro, whole = cfg.train.micro_batch_size, cfg.train.global_batch_size
+    if whole % (micro * world_size):
+        unit = micro * world_size
+        below, above = whole // unit * unit, -(-whole // unit) * unit
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"train.global_batch_size={whole} is not a multiple of train.micro_batch_size={micro} "
+            f"x world_size={world_size}; use a global batch of {near}, or another number of ranks"
+        )
+
+
+def _check_model(cfg: Config) -> None:
+    m = cfg.model
+    if m.d_model % m.num_heads:
+        raise ConfigError(
+            f"model.d_model={m.d_model} is not a multiple of model.num_heads={m.num_heads}; "
+            "change one of them"
+        )
+    if (m.d_model // m.num_heads) % 2:
+        raise ConfigError(
+            f"model.d_model={m.d_model} / model.num_heads={m.num_heads} gives an odd head size; "
+            "rotary embeddings need an even one"
+        )
+    if m.num_heads % num_kv_heads(cfg):
+        raise ConfigError(
+            f"model.num_heads={m.num_heads} is not a multiple of "
+            f"model.num_kv_heads={m.num_kv_heads}; grouped-query attention needs whole groups"
+        )
+    if m.norm == "layernorm" and m.sub_norm:
+        raise ConfigError(
+            "model.sub_norm=true needs model.norm='rmsnorm' (BitNet's SubLN is an RMSNorm)"
+        )
+
+
+def _check_engine(cfg: Config) -> None:
+    if cfg.train.dtype == "bf16" and cfg.engine.zero_stage == 0:
+        # DeepSpeed then accumulates gradients in bf16, or refuses (docs/architecture.md).
+        raise ConfigError(
+            "engine.zero_stage=0 with train.dtype='bf16' has no fp32 gradient accumulation in "
+            "DeepSpeed; use engine.zero_stage=1 (the same update) or train.dtype='fp32'"
+        )
+    raw = cfg.engine.deepspeed
+    for key, ours in _OWNED_DEEPSPEED_KEYS.items():
+        if key in raw:
+            raise ConfigError(f"engine.deepspeed.{key} is derived from {ours}; set that instead")
+    zero = raw.get("zero_optimization", {})
+    if isinstance(zero, dict) and "stage" in zero:
+        raise ConfigError(
+            "engine.deepspeed.zero_optimization.stage is derived; set engine.zero_stage instead"
+        )
+
+
+def _check_schedule(cfg: Config) -> None:
+    steps = num_steps(cfg)
+    warmup = span_steps(cfg.optim.warmup, cfg)
+    if warmup > steps:
+        raise ConfigError(f"optim.warmup is {warmup} steps, longer than the run of {steps}")
+    if cfg.optim.schedule == "wsd" and warmup + span_steps(cfg.optim.decay, cfg) > steps:
+        raise ConfigError(
+            f"optim.warmup ({warmup} steps) and optim.decay "
+            f"({span_steps(cfg.optim.decay, cfg)} steps) do not fit into {steps} steps; shorten one"
+        )
+    if cfg.train.stop_step is not None and cfg.train.stop_step > steps:
+        raise ConfigError(
+            f"train.stop_step={cfg.train.stop_step} lies beyond the run of {steps} steps"
+        )
+
+
+def _check_transition(cfg: Config) -> None:
+    start = transition_step(cfg)
+    if start is None:
+        return
+    steps, t = num_steps(cfg), cfg.transition
+    if start >= steps:
+        raise ConfigError(
+            f"transition.at is step {start}, but the run has {steps} steps; "
+            "move it earlier, or set transition.at=null for a 16-bit run"
+        )
+    for key, ramp in (("ramp", t.ramp), ("activation_ramp", t.activation_ramp)):
+        if ramp is None:
+            continue
+        length = span_steps(ramp.over, cfg)
+        if ramp.shape == "none" and length:
+            raise ConfigError(
+                f"transition.{key}.over is {length} steps but transition.{key}.shape='none'; "
+                "choose a shape (linear, paper, exponential, sigmoid, cosine) or set over to 0"
+            )
+        if ramp.shape != "none" and not length:
+            raise ConfigError(
+                f"transition.{key}.shape={ramp.shape!r} needs transition.{key}.over > 0 steps"
+            )
+        if start + length > steps:
+            raise ConfigError(
+                f"transition.{key} ends at step {start + length}, after the run's {steps}; "
+                "the model would never be fully ternary: shorten it or start earlier"
+            )
+    if t.lr == "decay" and cfg.optim.schedule not in ("constant", "wsd"):
+        raise ConfigError(
+            f"transition.lr='decay' fuses the decay with the transition and needs "
+            f"optim.schedule constant or wsd, not {cfg.optim.schedule!r}"
+        )

@@ -1,0 +1,149 @@
+"""One view on optimizer state for every ZeRO stage: fragments.
+
+ZeRO scatters each parameter's fp32 master weight and Adam moments over the data-parallel ranks,
+in a different way per stage. A `Fragment` is the contiguous flat range of one named parameter
+that this rank holds, as writable views. Checkpoints, resumption and the transition's
+optimizer-state policies are written against fragments and so work at every stage. Together the
+ranks' fragments with `saved_here` cover each element of each parameter exactly once.
+
+This file is the only one that knows DeepSpeed's internal layout (measured with 0.19.8).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Flat range [start, start + numel) of parameter `name`, fp32, held by this rank."""
+
+    name: str
+    start: int
+    master: Tensor  # [numel] view on the fp32 master weight
+    exp_avg: Tensor  # [numel] view
+    exp_avg_sq: Tensor  # [numel] view
+    step: Tensor  # Adam's step count, scalar; shared by the fragments of one optimizer tensor
+    saved_here: bool = True  # False: a replica that another rank saves (stage 0)
+
+    @property
+    def numel(self) -> int:
+        return self.master.numel()
+
+
+def create_adam_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every optimizer tensor zero moments and step 0.
+
+    torch creates this state in the first step; DeepSpeed's BF16_Optimizer and stage 3 create it
+    at start-up by a step on zero gradients, which leaves the step count at 1 and so the bias
+    correction of the first updates wrong.
+    """
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            if tensor not in optimizer.state or not optimizer.state[tensor]:
+                device = tensor.device if group.get("fused") else None
+                optimizer.state[tensor] = {
+                    "step": torch.tensor(0.0, dtype=torch.float32, device=device),
+                    "exp_avg": torch.zeros_like(tensor),
+                    "exp_avg_sq": torch.zeros_like(tensor),
+                }
+    for state in optimizer.state.values():
+        state["step"].zero_()
+        for moment in MOMENTS:
+            state[moment].zero_()
+
+
+def fragments(
+    model: nn.Module,
+    wrapper: Any,
+    optimizer: torch.optim.Optimizer,
+    *,
+    stage: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[Fragment]:
+    """This rank's fragments, in parameter order.
+
+    Args:
+        wrapper: DeepSpeed's optimizer object; `optimizer`: the torch AdamW inside it.
+    """
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        if stage == 0:
+            # Every rank holds every parameter; they take turns in saving them.
+            yield _replicated(name, parameter, optimizer, index % world_size == rank)
+        elif stage == 3:
+            fragment = _stage3(name, parameter, wrapper, optimizer)
+            if fragment is not None:
+                yield fragment
+        elif parameter._hp_mapping is not None:  # type: ignore[attr-defined]
+            yield _stage12(name, parameter, optimizer)
+
+
+def _replicated(
+    name: str, parameter: nn.Parameter, optimizer: torch.optim.Optimizer, saved_here: bool
+) -> Fragment:
+    state = optimizer.state[parameter]
+    return Fragment(
+        name,
+        0,
+        parameter.data.view(-1),
+        state["exp_avg"].view(-1),
+        state["exp_avg_sq"].view(-1),
+        state["step"],
+        saved_here,
+    )
+
+
+def _stage12(name: str, parameter: Any, optimizer: torch.optim.Optimizer) -> Fragment:
+    mapping = parameter._hp_mapping
+    (flat,) = optimizer.param_groups[mapping.param_group_index]["params"]
+    address = mapping.get_hp_fragment_address()
+    state = optimizer.state[flat]
+
+    def view(tensor: Tensor) -> Tensor:
+        return tensor.data.narrow(0, address.start, address.numel)
+
+    return Fragment(
+        name,
+        mapping.lp_fragment_address.start,
+        view(flat),
+        view(state["exp_avg"]),
+        view(state["exp_avg_sq"]),
+        state["step"],
+    )
+
+
+def _stage3(
+    name: str, parameter: Any, wrapper: Any, optimizer: torch.optim.Optimizer
+) -> Fragment | None:
+    sub_group, offset, partition = wrapper.grad_position[wrapper.get_param_id(parameter)]
+    start = parameter.ds_tensor.ds_numel * torch.distributed.get_rank(parameter.ds_process_group)
+    numel = min(partition, parameter.ds_numel - start)  # the last partitions are padded
+    if numel <= 0:
+        return None
+    flat = wrapper.fp32_partitioned_groups_flat[sub_group]
+    state = optimizer.state[flat]
+
+    def view(tensor: Tensor) -> Tensor:
+        return tensor.data.narrow(0, offset, numel)
+
+    return Fragment(
+        name, start, view(flat), view(state["exp_avg"]), view(state["exp_avg_sq"]), state["step"]
+    )
+
+
+def publish_masters(model: nn.Module, wrapper: Any, stage: int) -> None:
+    """Make the compute weights of every rank follow its masters (a collective)."""
+    if stage == 3:
+        wrapper._partition_all_parameters()
+        for sub_group in range(len(wrapper.fp16_groups)):
+            wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
+        if wrapper.persistent_parameters:  # small ones, kept gathered between steps
+            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+    elif stage > 0:
+        wrapper.update_lp_params()

@@ -1,0 +1,158 @@
+"""The train step on DeepSpeed's engine. The only module that imports deepspeed."""
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bitscale.config import Config, check_world_size
+from bitscale.data.batches import MicroBatch
+from bitscale.engine import fragments as fragment_views
+from bitscale.engine.ds_config import deepspeed_config
+from bitscale.engine.fragments import Fragment
+from bitscale.errors import ConfigError
+from bitscale.mesh import Mesh
+from bitscale.optim import decayed_and_not
+
+
+class StepResult(NamedTuple):
+    loss: Tensor  # fp32 scalar: mean over this rank's sequences, not yet over ranks
+    grad_norm: Tensor  # scalar: global norm before clipping, the same on every rank
+
+
+class TrainEngine:
+    """One model and its AdamW under DeepSpeed, at any ZeRO stage."""
+
+    def __init__(self, cfg: Config, model: nn.Module, mesh: Mesh) -> None:
+        check_world_size(cfg, mesh.world_size)
+        self.cfg, self.mesh = cfg, mesh
+        self.stage = cfg.engine.zero_stage
+        groups = zip(decayed_and_not(model), (True, False), strict=True)
+        # lr 0: DeepSpeed steps once on zero gradients at start-up in some modes, and weight
+        # decay would then change the weights. Every real step sets its own lr.
+        self._adam = torch.optim.AdamW(
+            [{"params": params, "decayed": decayed} for params, decayed in groups if params],
+            lr=0.0,
+            betas=cfg.optim.betas,
+            eps=cfg.optim.eps,
+            weight_decay=0.0,
+            fused=mesh.device.type == "cuda",
+        )
+        deepspeed = _import_deepspeed(mesh.device.type)
+        try:
+            # DeepSpeed prints a dozen lines of memory readings on the way.
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._engine, self._wrapper, _, _ = deepspeed.initialize(
+                    model=model, optimizer=self._adam, config=deepspeed_config(cfg, mesh.world_size)
+                )
+        except (ValueError, NotImplementedError, AssertionError, KeyError, TypeError) as error:
+            if not cfg.engine.deepspeed:
+                raise  # our own derived configuration is refused: a bug, keep the traceback
+            raise ConfigError(
+                f"DeepSpeed refuses the configuration with engine.deepspeed="
+                f"{cfg.engine.deepspeed}: {str(error).splitlines()[0] if str(error) else error!r}"
+            ) from error
+        fragment_views.create_adam_state(self._adam)
+
+    @property
+    def module(self) -> nn.Module:
+        module: nn.Module = self._engine.module
+        return module
+
+    def train_step(
+        self, micro_batches: Iterable[MicroBatch], *, lr: float, weight_decay: float
+    ) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one AdamW update."""
+        self._set_hyperparameters(lr, weight_decay)
+        self._engine.train()
+        batches = list(micro_batches)
+        total = torch.zeros((), device=self.mesh.device)
+        for micro_batch in batches:
+            loss = self._engine(*self.to_device(micro_batch))
+            self._engine.backward(loss)
+            total += loss.detach().float()
+            if micro_batch is batches[-1]:
+                grad_norm = self._replicated_grad_norm() if self.stage == 0 else None
+            self._engine.step()
+        if grad_norm is None:
+            grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
+        return StepResult(total / len(batches), grad_norm.float())
+
+    def to_device(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
+        """The tensors of `batch` on this rank's device."""
+        device = self.mesh.device
+        return tuple(t if t is None else t.to(device, non_blocking=True) for t in batch[:3])
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Writable views on the fp32 masters and Adam moments that this rank holds."""
+        return fragment_views.fragments(
+            self.module,
+            self._wrapper,
+            self._adam,
+            stage=self.stage,
+            rank=self.mesh.rank,
+            world_size=self.mesh.world_size,
+        )
+
+    def publish_masters(self) -> None:
+        """Make the compute weights follow masters that were written through fragments."""
+        fragment_views.publish_masters(self.module, self._wrapper, self.stage)
+
+    @contextlib.contextmanager
+    def gathered(self, parameter: nn.Parameter) -> Iterator[Tensor]:
+        """The whole compute weight, on every rank, read-only (a collective at stage 3)."""
+        if self.stage == 3:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(parameter):
+                yield parameter.data
+        else:
+            yield parameter.data
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Logical shape of every parameter, by name, whatever the stage."""
+        return {
+            name: tuple(getattr(p, "ds_shape", p.shape))
+            for name, p in self.module.named_parameters()
+        }
+
+    def _set_hyperparameters(self, lr: float, weight_decay: float) -> None:
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay if group["decayed"] else 0.0
+
+    def _replicated_grad_norm(self) -> Tensor:
+        """Stage 0 keeps plain gradients (already averaged here) and does not report a norm."""
+        return torch.nn.utils.get_total_norm(
+            [p.grad for p in self.module.parameters() if p.grad is not None]
+        )
+
+
+def _import_deepspeed(device_type: str) -> Any:
+    """DeepSpeed, quiet, bound to the device, without its start-up compilation."""
+    wanted = os.environ.setdefault("DS_ACCELERATOR", device_type)
+    if wanted != device_type:
+        raise ConfigError(
+            f"environment variable DS_ACCELERATOR={wanted!r} but the run uses {device_type!r}; "
+            "unset it or set engine.device"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+        from deepspeed.utils import logger
+    logger.setLevel(logging.WARNING)
+    # deepspeed 0.19.8 calls torch collectives under names that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if device_type == "cpu":
+        # A shared-memory all-reduce used only for inference; compiling it takes minutes.
+        __compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists, also for a single process
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return deepspeed

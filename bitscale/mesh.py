@@ -1,0 +1,119 @@
+"""Ranks and devices of this launch, read once from the launcher's environment.
+
+`deepspeed`, `torchrun` and a plain single process give the same `Mesh`; everything downstream is
+handed ranks and groups and never looks them up.
+"""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from bitscale.errors import ConfigError, KernelUnavailable
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this process stands. Data parallel only: dp rank and size are rank and world_size."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of `values` over all ranks (in place)."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is true on one."""
+        if self.world_size == 1:
+            return flag
+        vote = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+        return bool(vote.item())
+
+    def gather_objects(self, item: object) -> list[object]:
+        """Every rank's `item`, in rank order (small, trusted objects of this launch only)."""
+        items: list[object] = [item]
+        if self.world_size > 1:
+            items = [None] * self.world_size
+            dist.all_gather_object(items, item)
+        return items
+
+
+def world_size_from_environment() -> int:
+    """Number of ranks that the launcher started (1 without a launcher)."""
+    return _environment_int("WORLD_SIZE", 1)
+
+
+def init_mesh(device: str, num_threads: int = 0) -> Mesh:
+    """Join the process group of this launch and bind this rank's device and CPU threads.
+
+    Args:
+        device: "auto" (CUDA if there is one), "cpu" or "cuda".
+        num_threads: CPU threads of this rank; 0 divides the cores among the local ranks, whatever
+            OMP_NUM_THREADS the launcher set, so that every launcher computes the same.
+
+    Raises:
+        KernelUnavailable: CUDA was asked for and is not there.
+    """
+    rank, world_size = _environment_int("RANK", 0), world_size_from_environment()
+    local_rank = _environment_int("LOCAL_RANK", 0)
+    # torchrun and deepspeed disagree on the name.
+    local_world_size = _environment_int("LOCAL_WORLD_SIZE", _environment_int("LOCAL_SIZE", 1))
+    torch_device = _choose_device(device, local_rank)
+    torch.set_num_threads(num_threads or max(1, (os.cpu_count() or 1) // local_world_size))
+    if not dist.is_initialized():
+        backend = "nccl" if torch_device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        else:
+            # One process: an in-memory store needs no free port.
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Mesh(rank, world_size, local_rank, local_world_size, torch_device)
+
+
+def close_mesh() -> None:
+    """Leave the process group (silences NCCL's and gloo's warnings at exit)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _choose_device(device: str, local_rank: int) -> torch.device:
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise KernelUnavailable(
+            "engine.device='cuda' but torch sees no CUDA device; use engine.device=cpu, or "
+            "install a CUDA build of torch and a driver"
+        )
+    if device == "cpu" or not available:
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
+            "launch at most that many ranks per host"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _environment_int(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"environment variable {name}={text!r} is not a whole number") from None

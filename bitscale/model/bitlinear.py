@@ -1,0 +1,55 @@
+"""BitLinear: `nn.Linear` whose forward pass is quantized with strength λ.
+
+The Parameter is the latent 16- or 32-bit weight and stays the same object for the whole run, so
+an optimizer built before the transition keeps owning it.
+"""
+
+from collections.abc import Iterator
+from typing import cast
+
+from torch import Tensor, nn
+
+from bitscale.config import QuantConfig
+from bitscale.quant.reference import bit_linear, int8_linear
+from bitscale.quant.schedule import SIXTEEN_BIT, Strength
+
+
+class BitLinear(nn.Linear):
+    """y[..., F] = linear(x[..., D]) at the strength last given to `set_strength`."""
+
+    def __init__(self, d_in: int, d_out: int, quant: QuantConfig, *, bias: bool = False) -> None:
+        super().__init__(d_in, d_out, bias=bias)
+        self.quant = quant
+        self.strength = SIXTEEN_BIT
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = cast(Tensor | None, self.bias)
+        return bit_linear(x, self.weight, bias, self.strength, self.quant)
+
+
+class Head(nn.Linear):
+    """Vocabulary projection; 16 bit, or 8-bit weights and activations following λ."""
+
+    def __init__(self, d_model: int, vocab_size: int, quant: QuantConfig, *, bits: int) -> None:
+        super().__init__(d_model, vocab_size, bias=False)
+        self.quant = quant
+        self.bits = bits
+        self.strength = SIXTEEN_BIT
+
+    def forward(self, x: Tensor) -> Tensor:
+        strength = self.strength if self.bits == 8 else SIXTEEN_BIT
+        return int8_linear(x, self.weight, strength, self.quant)
+
+
+def set_strength(model: nn.Module, strength: Strength) -> None:
+    """Give every BitLinear (and the head) of `model` the λ of this step."""
+    for module in model.modules():
+        if isinstance(module, BitLinear | Head):
+            module.strength = strength
+
+
+def bit_linears(model: nn.Module) -> Iterator[tuple[str, BitLinear]]:
+    """(name, layer) of every BitLinear in `model`, in module order."""
+    for name, module in model.named_modules():
+        if isinstance(module, BitLinear):
+            yield name, module

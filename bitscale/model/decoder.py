@@ -1,0 +1,124 @@
+"""The Llama-family decoder.
+
+Shapes: B batch, S sequence, D model width, V vocabulary.
+Only the linear layers inside the decoder blocks are BitLinear; embeddings, norms and the head
+stay in 16 bit (the head optionally in 8).
+"""
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bitscale.config import ModelConfig, QuantConfig
+from bitscale.model.bitlinear import Head
+from bitscale.model.layers import MLP, Attention, Rotary, make_norm
+
+IGNORED_TARGET = -100  # F.cross_entropy's default ignore_index
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, m: ModelConfig, quant: QuantConfig) -> None:
+        super().__init__()
+        self.attn_norm = make_norm(m)
+        self.attn = Attention(m, quant)
+        self.mlp_norm = make_norm(m)
+        self.mlp = MLP(m, quant)
+
+    def forward(
+        self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor, mask_B1SS: Tensor | None
+    ) -> Tensor:
+        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), cos_SE, sin_SE, mask_B1SS)
+        return x_BSD + cast(Tensor, self.mlp(self.mlp_norm(x_BSD)))
+
+
+class Decoder(nn.Module):
+    """Token ids in, mean next-token loss (or per-token losses, or logits) out."""
+
+    def __init__(
+        self,
+        m: ModelConfig,
+        quant: QuantConfig,
+        *,
+        seed: int = 0,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        assert m.vocab_size is not None, "the vocabulary size is resolved before the model is built"
+        self.activation_checkpointing = activation_checkpointing
+        self.embed = nn.Embedding(m.vocab_size, m.d_model)
+        self.rotary = Rotary(m.d_model // m.num_heads, m.rope_theta, m.rope_scaling)
+        self.layers = nn.ModuleList(Block(m, quant) for _ in range(m.num_layers))
+        self.norm = make_norm(m)
+        self.head = Head(m.d_model, m.vocab_size, quant, bits=m.head_bits)
+        if m.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self._initialize(m, seed)
+
+    def _initialize(self, m: ModelConfig, seed: int) -> None:
+        """N(0, init_std²); projections back into the residual stream / sqrt(2 · layers) (GPT-2).
+
+        One seeded CPU generator in parameter order: the same weights at every layout.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = m.init_std / math.sqrt(2 * m.num_layers)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith(".bias"):
+                    parameter.zero_()
+                elif parameter.ndim == 2:
+                    back = name.endswith(("attn.o.weight", "mlp.down.weight"))
+                    parameter.normal_(
+                        0.0, residual_std if back else m.init_std, generator=generator
+                    )
+
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        target_ids_BS: Tensor,
+        document_ids_BS: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Next-token cross entropy in nats, fp32.
+
+        `reduction` "mean" gives a scalar over the targets that are not IGNORED_TARGET; "none"
+        gives [B, S] with 0 at ignored targets.
+        """
+        logits_BSV = self.logits(input_ids_BS, document_ids_BS)
+        losses = F.cross_entropy(
+            logits_BSV.flatten(0, 1),
+            target_ids_BS.flatten(),
+            ignore_index=IGNORED_TARGET,
+            reduction=reduction,
+        )
+        return losses if reduction == "mean" else losses.view_as(target_ids_BS)
+
+    def logits(self, input_ids_BS: Tensor, document_ids_BS: Tensor | None = None) -> Tensor:
+        """fp32 logits [B, S, V]."""
+        x_BSD = self.embed(input_ids_BS)
+        cos_SE, sin_SE = self.rotary(input_ids_BS.shape[1], input_ids_BS.device)
+        mask_B1SS = None if document_ids_BS is None else same_document_mask(document_ids_BS)
+        for layer in self.layers:
+            if self.activation_checkpointing and self.training:
+                x_BSD = cast(
+                    Tensor,
+                    checkpoint(layer, x_BSD, cos_SE, sin_SE, mask_B1SS, use_reentrant=False),
+                )
+            else:
+                x_BSD = layer(x_BSD, cos_SE, sin_SE, mask_B1SS)
+        return cast(Tensor, self.head(self.norm(x_BSD))).float()
+
+
+def same_document_mask(document_ids_BS: Tensor) -> Tensor:
+    """bool [B, 1, S, S]: query s sees key t if t <= s and both belong to the same document.
+
+    Rotary positions are relative, so masking alone equals starting each document at position 0.
+    """
+    same_BSS = document_ids_BS[:, :, None] == document_ids_BS[:, None, :]
+    return same_BSS.tril()[:, None]
