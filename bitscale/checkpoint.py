@@ -18,8 +18,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,11 @@ class Meta:
     lambda_activation: float
     config: dict[str, Any]  # resolved configuration, as in config.yaml
     config_hash: str
-    fingerprints: dict[str, str]  # "data", "tokenizer", "model"
+    identity: dict[str, str]  # what a resumed run must share, see run.identity
     shapes: dict[str, list[int]]  # logical shape of every parameter
-    adam_steps: dict[str, int]  # Adam's step count of every parameter
     world_size: int
     versions: dict[str, str]
+    adam_steps: dict[str, int] = field(default_factory=dict)  # Adam's own count, by parameter
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {bytes, sha256}
     format: str = FORMAT
 
@@ -75,18 +75,16 @@ def save(
         staging.mkdir()
     mesh.barrier()
     name = f"state-{mesh.rank:05d}-of-{mesh.world_size:05d}.safetensors"
-    outcomes = mesh.gather_objects(_write_shard(staging / name, fragments, rng_state))
-    failures = [str(outcome) for outcome in outcomes if isinstance(outcome, str)]
+    shards = mesh.gather_objects(_write_shard(staging / name, fragments, rng_state))
+    failures = [shard.error for shard in shards if shard.error]
     if failures:
         raise CheckpointError(
             f"{final}: not saved, {failures[0]}; the previous checkpoint remains in force"
         )
     if mesh.is_main:
-        files = {
-            f"state-{rank:05d}-of-{mesh.world_size:05d}.safetensors": outcome
-            for rank, outcome in enumerate(outcomes)
-        }
-        _publish(staging, final, {**asdict(meta), "files": files})
+        adam_steps = {name: step for shard in shards for name, step in shard.adam_steps.items()}
+        files = {shard.name: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
+        _publish(staging, final, replace(meta, adam_steps=adam_steps, files=files))
     mesh.barrier()
     return final
 
@@ -101,6 +99,19 @@ def prune(root: Path, keep_last: int, keep_every: int) -> None:
             shutil.rmtree(doomed)
     for leftover in root.glob(".step-*.deleted"):
         shutil.rmtree(leftover)
+
+
+def rewind(root: Path, checkpoint: Path) -> list[Path]:
+    """Make `checkpoint`, one of `root`'s, the one in force before a run continues from it.
+
+    Later ones are of a history that is being rewritten: they are kept as `superseded-step-...`.
+    Returns them.
+    """
+    later = [path for path in list_checkpoints(root) if path.name > checkpoint.name]
+    _point_latest(checkpoint)
+    for path in later:
+        _supersede(path)
+    return later
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -205,9 +216,7 @@ class Reader:
     def restore(self, fragments: Iterable[Fragment]) -> None:
         """Fill this rank's fragments in place."""
         for fragment in fragments:
-            for kind, view in zip(
-                _KINDS, (fragment.master, fragment.exp_avg, fragment.exp_avg_sq), strict=True
-            ):
+            for kind, view in zip(_KINDS, _views(fragment), strict=True):
                 view.copy_(self.read(fragment.name, kind, fragment.start, fragment.numel))
             fragment.step.fill_(self.meta.adam_steps[fragment.name])
 
@@ -230,31 +239,44 @@ class Reader:
         except SafetensorError as error:
             raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
         self._handles[name] = handle
-        for key in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+        for key in handle.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
             if "|" in key:
                 parameter, kind, start = key.split("|")
-                numel = handle.get_slice(key).get_shape()[0]
+                numel = handle.get_slice(key).get_shape()[0]  # type: ignore[no-untyped-call]
                 self._index.setdefault((parameter, kind), []).append((int(start), numel, name, key))
 
 
-def _write_shard(
-    path: Path, fragments: Iterable[Fragment], rng_state: Tensor
-) -> dict[str, Any] | str:
-    """{bytes, sha256} of the durable file, or what went wrong (so that no rank waits for ever)."""
+@dataclass(frozen=True)
+class _Shard:
+    """What one rank wrote, or the error that kept it (so that no rank waits for ever)."""
+
+    name: str
+    bytes: int = 0
+    sha256: str = ""
+    adam_steps: dict[str, int] = field(default_factory=dict)
+    error: str = ""
+
+
+def _write_shard(path: Path, fragments: Iterable[Fragment], rng_state: Tensor) -> _Shard:
     tensors = {"rng_state": rng_state}
+    adam_steps = {}
     for fragment in fragments:
+        adam_steps[fragment.name] = int(fragment.step)
         if fragment.saved_here:
-            for kind, view in zip(
-                _KINDS, (fragment.master, fragment.exp_avg, fragment.exp_avg_sq), strict=True
-            ):
+            for kind, view in zip(_KINDS, _views(fragment), strict=True):
                 # A copy: safetensors refuses views that share a storage.
                 tensors[_key(fragment.name, kind, fragment.start)] = view.detach().cpu().clone()
     try:
         save_file(tensors, path)
+        give_ordinary_mode(path)
         _fsync(path)
-        return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        return _Shard(path.name, path.stat().st_size, _sha256(path), adam_steps)
     except (OSError, SafetensorError) as error:
-        return f"{path.name}: {error}"
+        return _Shard(path.name, error=f"{path.name}: {error}")
+
+
+def _views(fragment: Fragment) -> tuple[Tensor, Tensor, Tensor]:
+    return fragment.master, fragment.exp_avg, fragment.exp_avg_sq
 
 
 def _key(name: str, kind: str, start: int) -> str:
@@ -262,24 +284,42 @@ def _key(name: str, kind: str, start: int) -> str:
     return f"{name}|{kind}|{start}"
 
 
-def _publish(staging: Path, final: Path, meta: Mapping[str, Any]) -> None:
+def _publish(staging: Path, final: Path, meta: Meta) -> None:
     meta_file = staging / "meta.json"
-    meta_file.write_text(json.dumps(meta, indent=1) + "\n")
+    meta_file.write_text(json.dumps(asdict(meta), indent=1) + "\n")
     _fsync(meta_file)
     _fsync(staging)
-    if final.exists():  # saved again after a roll-back to an earlier step
-        shutil.rmtree(final)
+    if final.exists():  # left by a crash between the rename and the move of `latest`
+        _supersede(final)
     staging.rename(final)
     _fsync(final.parent)
-    pointer = final.parent / ".latest.partial"
-    pointer.write_text(final.name + "\n")
+    _point_latest(final)
+
+
+def _point_latest(checkpoint: Path) -> None:
+    pointer = checkpoint.parent / ".latest.partial"
+    pointer.write_text(checkpoint.name + "\n")
     _fsync(pointer)
-    pointer.replace(final.parent / "latest")
-    _fsync(final.parent)
+    pointer.replace(checkpoint.parent / "latest")
+    _fsync(checkpoint.parent)
+
+
+def _supersede(checkpoint: Path) -> None:
+    """Keep `checkpoint` under a name that is never resumed from."""
+    aside = checkpoint.with_name(f"superseded-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
 
 
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
+
+
+def give_ordinary_mode(path: Path) -> None:
+    """safetensors creates files for their owner only; a team reads each other's checkpoints."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def _sha256(path: Path) -> str:

@@ -7,11 +7,15 @@ handed ranks and groups and never looks them up.
 import datetime
 import os
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore as _HashStore
 
 from bitscale.errors import ConfigError, KernelUnavailable
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,18 @@ class Mesh:
         dist.all_reduce(vote, op=dist.ReduceOp.MAX)
         return bool(vote.item())
 
-    def gather_objects(self, item: object) -> list[object]:
-        """Every rank's `item`, in rank order (small, trusted objects of this launch only)."""
-        items: list[object] = [item]
-        if self.world_size > 1:
-            items = [None] * self.world_size
-            dist.all_gather_object(items, item)
-        return items
+    def gather_objects(self, item: T) -> list[T]:
+        """Every rank's `item`, in rank order (small objects of this launch only)."""
+        if self.world_size == 1:
+            return [item]
+        items: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(items, item)
+        return cast(list[T], items)
+
+
+def single_process_mesh(device: str) -> Mesh:
+    """This process alone, without a process group (evaluation, conversion)."""
+    return Mesh(0, 1, 0, 1, _choose_device(device, 0))
 
 
 def world_size_from_environment() -> int:
@@ -83,7 +92,7 @@ def init_mesh(device: str, num_threads: int = 0) -> Mesh:
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
         else:
             # One process: an in-memory store needs no free port.
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=_HashStore(), rank=0, world_size=1)
     return Mesh(rank, world_size, local_rank, local_world_size, torch_device)
 
 

@@ -122,5 +122,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shares(text: str) -> tuple[float, float, float]:
-    train, valid, test = (float(share) for share in text.split(","))
+    try:
+        train, valid, test = (float(share) for share in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not three numbers such as 0.98,0.01,0.01"
+        ) from None
     return train, valid, test

@@ -14,11 +14,12 @@ import os
 import shutil
 import signal
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -113,12 +114,15 @@ def wanted_splits(split: Split) -> list[str]:
 def split_of(text: bytes, split: Split) -> str:
     """Split of a document by the hash of its text: equal documents never straddle two splits."""
     position = int.from_bytes(blake2b(text, digest_size=8).digest()) / 2**64  # in [0, 1)
-    wanted = [(name, share) for name, share in zip(SPLITS, split, strict=True) if share > 0]
-    for name, share in wanted:
-        if position < share:
-            return name
-        position -= share
-    return wanted[-1][0]  # shares of 0.1 + 0.2 + 0.7 may sum to a little less than 1
+    train, valid, test = split
+    if position < train:
+        return "train"
+    if position < train + valid:
+        return "valid"
+    # Shares may sum to a little less than 1, which must not fill a split of share 0.
+    if test > 0:
+        return "test"
+    return "valid" if valid > 0 else "train"
 
 
 def part_documents(part: Part, source: SourceOptions) -> Iterator[str]:
@@ -161,14 +165,11 @@ def tokenize_part(
         for texts in _batches(part_documents(part, settings.source)):
             if stopped():
                 raise Stopped
-            batch = [text for text in texts if not text.isspace() and text]
+            batch = [text for text in texts if text and not text.isspace()]
             num_empty += len(texts) - len(batch)
-            for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-                ids.append(tokenizer.eos_id)
-                data = text.encode()
-                name = split_of(data, settings.split)
-                writers[name].add_document(ids)
-                totals[name] += SplitCounts(1, len(ids), len(data))
+            for name, split_batch in _tokenize_batch(batch, settings.split, tokenizer).items():
+                writers[name].add_documents(split_batch.documents)
+                totals[name] += split_batch.counts()
     counts = PartCounts(totals, num_empty)
     (work / "counts.json").write_text(json.dumps(asdict(counts)), encoding="utf-8")
     work.rename(final)
@@ -208,6 +209,28 @@ def remove_unfinished(folder: Path) -> None:
     """Remove what workers of a killed run left behind."""
     for leftover in folder.glob("*.tmp"):
         shutil.rmtree(leftover)
+
+
+@dataclass
+class _SplitBatch:
+    documents: list[list[int]] = field(default_factory=list)
+    num_bytes: int = 0
+
+    def counts(self) -> SplitCounts:
+        return SplitCounts(len(self.documents), sum(map(len, self.documents)), self.num_bytes)
+
+
+def _tokenize_batch(
+    texts: Sequence[str], split: Split, tokenizer: Tokenizer
+) -> dict[str, _SplitBatch]:
+    batches: defaultdict[str, _SplitBatch] = defaultdict(_SplitBatch)
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        ids.append(tokenizer.eos_id)
+        data = text.encode()
+        batch = batches[split_of(data, split)]
+        batch.documents.append(ids)
+        batch.num_bytes += len(data)
+    return batches
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -216,7 +216,7 @@ def _find_up_to_date(options: PrepareOptions, request: dict[str, Any]) -> Prepar
 def _request_of(manifest: Manifest) -> dict[str, Any]:
     return {
         "format_version": manifest.format_version,
-        "options": manifest.options["source"],
+        "options": manifest.options["documents"],
         "tokenizer": manifest.options["tokenizer"],
         "inputs": manifest.inputs,
     }
@@ -408,7 +408,7 @@ def _merge(
         tokenizer=tokenizer_info,
         splits=splits,
         num_empty_documents=sum(part.num_empty_documents for part in counts.values()),
-        options={"source": request["options"], "tokenizer": request["tokenizer"]},
+        options={"documents": request["options"], "tokenizer": request["tokenizer"]},
         inputs=request["inputs"],
         files=files,
         versions=_versions(),

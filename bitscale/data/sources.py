@@ -223,7 +223,7 @@ def _text_of(record: object, where: Callable[[], str], options: SourceOptions) -
         return ""
     if not isinstance(text, str):
         raise _wrong_record(record, where(), options)
-    if found := LONE_SURROGATE.search(text):  # JSON's \ud800 escapes
+    if not text.isascii() and (found := LONE_SURROGATE.search(text)):  # JSON's \ud800 escapes
         if options.encoding_errors == "strict":
             raise DataError(
                 f"{where()}: the text holds a lone surrogate U+{ord(found.group()):04X}, which "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitscale.config import Config, check_world_size
-from bitscale.data.batches import MicroBatch
+from bitscale.data.batches import EvaluationBatch, MicroBatch
 from bitscale.engine import fragments as fragment_views
 from bitscale.engine.ds_config import deepspeed_config
 from bitscale.engine.fragments import Fragment
@@ -84,10 +84,18 @@ class TrainEngine:
             grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
         return StepResult(total / len(batches), grad_norm.float())
 
-    def to_device(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
+    @torch.no_grad()
+    def token_losses(self, batch: EvaluationBatch) -> Tensor:
+        """Nats [B, S] of a held-out batch at the present λ, 0 at padding (a collective)."""
+        self._engine.eval()
+        losses: Tensor = self.module(*self.to_device(batch), reduction="none")
+        return losses
+
+    def to_device(self, batch: MicroBatch | EvaluationBatch) -> tuple[Tensor | None, ...]:
         """The tensors of `batch` on this rank's device."""
         device = self.mesh.device
-        return tuple(t if t is None else t.to(device, non_blocking=True) for t in batch[:3])
+        tensors = (batch.input_ids_BS, batch.target_ids_BS, batch.document_ids_BS)
+        return tuple(t if t is None else t.to(device, non_blocking=True) for t in tensors)
 
     def fragments(self) -> Iterator[Fragment]:
         """Writable views on the fp32 masters and Adam moments that this rank holds."""

@@ -10,7 +10,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from bitscale.config import QuantConfig
-from bitscale.quant.reference import bit_linear, int8_linear
+from bitscale.quant.pack import unpack_2bit
+from bitscale.quant.reference import Ternary, bit_linear, int8_linear, ternary_linear
 from bitscale.quant.schedule import SIXTEEN_BIT, Strength
 
 
@@ -25,6 +26,24 @@ class BitLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         bias = cast(Tensor | None, self.bias)
         return bit_linear(x, self.weight, bias, self.strength, self.quant)
+
+
+class PackedBitLinear(nn.Module):
+    """A finished ternary layer for inference: 2-bit codes and one scale, no latent weight."""
+
+    def __init__(
+        self, packed: Tensor, scale: Tensor, bias: Tensor | None, quant: QuantConfig
+    ) -> None:
+        super().__init__()
+        self.quant = quant
+        self.register_buffer("packed", packed)  # uint8 [F/4, D], see quant/pack.py
+        self.register_buffer("scale", scale)  # fp32 scalar
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed, scale = cast(Tensor, self.packed), cast(Tensor, self.scale)
+        weight = Ternary(unpack_2bit(packed), scale)
+        return ternary_linear(x, weight, cast(Tensor | None, self.bias), self.quant)
 
 
 class Head(nn.Linear):

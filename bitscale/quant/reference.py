@@ -116,6 +116,24 @@ def _blend(latent: Tensor, quantized: Tensor, strength: float) -> Tensor:
     return cast(Tensor, blended)
 
 
+def ternary_linear(
+    x_TD: Tensor, weight: Ternary, bias_F: Tensor | None, quant: QuantConfig
+) -> Tensor:
+    """The λ = 1 forward pass from codes, without gradient: the exact pass that training ran."""
+    if quant.activation_bits == 16:
+        w_FD = (weight.codes_FD.float() * weight.scale).to(x_TD.dtype)
+        return F.linear(x_TD, w_FD, bias_F)
+    return _integer_forward(quantize_rows(x_TD, quant.eps), weight, bias_F).to(x_TD.dtype)
+
+
+def _integer_forward(x: Int8Rows, weight: Ternary, bias_F: Tensor | None) -> Tensor:
+    """fp32 (Σ int8 · code) · r · s + bias."""
+    # Integers in fp32: exact in any order, so the sum does not depend on the layout.
+    sums_TF = x.codes_TD.float() @ weight.codes_FD.float().T
+    y_TF = sums_TF * x.scale_T1 * weight.scale
+    return y_TF if bias_F is None else y_TF + bias_F.float()
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, latent: Tensor, quantized: Tensor, strength: float) -> Tensor:
@@ -139,16 +157,10 @@ class _TernaryLinear(torch.autograd.Function):
         bias_F: Tensor | None,
         quant: QuantConfig,
     ) -> Tensor:
-        x_codes_TD, x_scale_T1 = quantize_rows(x_TD, quant.eps)
-        w_codes_FD, w_scale = ternarize(w_FD, quant)
-        ctx.save_for_backward(x_codes_TD, x_scale_T1, w_codes_FD, w_scale)
+        x, weight = quantize_rows(x_TD, quant.eps), ternarize(w_FD, quant)
+        ctx.save_for_backward(*x, *weight)
         ctx.weight_dtype = w_FD.dtype  # type: ignore[attr-defined]
-        # Integers in fp32: exact in any order, so the sum does not depend on the layout.
-        sums_TF = x_codes_TD.float() @ w_codes_FD.float().T
-        y_TF = sums_TF * x_scale_T1 * w_scale
-        if bias_F is not None:
-            y_TF = y_TF + bias_F.float()
-        return y_TF.to(x_TD.dtype)
+        return _integer_forward(x, weight, bias_F).to(x_TD.dtype)
 
     @staticmethod
     def backward(

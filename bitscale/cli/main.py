@@ -1,0 +1,58 @@
+"""The `bitscale` command: subcommands, exit codes, nothing else.
+
+0 done; 1 a failure inside (traceback); 2 bad input, one line on stderr; 75 stopped by a signal
+after saving (EX_TEMPFAIL: launch again with --resume auto).
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from bitscale import __version__
+from bitscale.cli import config, evaluate, export, prepare, report, train
+from bitscale.errors import BitscaleError, ConfigError, NonFiniteLoss
+
+EXIT_FAILURE = 1
+EXIT_BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="bitscale",
+        description="Pretrain in 16 bit, switch to 1.58 bit (ternary) in the middle of the run.",
+        epilog="Each command has its own --help with examples. Documentation: docs/.",
+    )
+    parser.add_argument("--version", action="version", version=f"bitscale {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (prepare, train, evaluate, export, report, config):
+        command.add_parser(subparsers)
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(t[0] == "-" or "=" not in t for t in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest  # argparse stops collecting them at the first option
+    try:
+        code: int = args.run(args)
+        return code
+    except BitscaleError as error:
+        _print_error(error)
+        return EXIT_FAILURE if isinstance(error, NonFiniteLoss) else EXIT_BAD_INPUT
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; Python would complain at exit too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+
+
+def _print_error(error: BitscaleError) -> None:
+    """One line; a configuration error is the same on every rank, so only rank 0 tells it."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    elif not isinstance(error, ConfigError | NonFiniteLoss):
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

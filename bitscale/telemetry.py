@@ -1,0 +1,57 @@
+"""Ternary telemetry: per layer the share of zeros, of codes flipped, and the scale."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitscale.model.bitlinear import bit_linears
+from bitscale.quant.pack import pack_2bit, unpack_2bit
+from bitscale.quant.reference import ternarize
+
+
+class TernaryTelemetry:
+    """Remembers each layer's codes (2 bits each, in host memory) from one reading to the next."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = dict(bit_linears(model))
+        self._previous: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def read(
+        self, gathered: Callable[[nn.Parameter], AbstractContextManager[Tensor]], *, compute: bool
+    ) -> dict[str, dict[str, float | None]]:
+        """{layer: {zeros, flipped, scale}}; flipped is None at the first reading.
+
+        `gathered` yields a whole weight on every rank (a collective at ZeRO-3, so every rank
+        calls this); `compute` is true on the rank that wants the figures.
+        """
+        figures: dict[str, dict[str, float | None]] = {}
+        for name, layer in self._layers.items():
+            with gathered(cast(nn.Parameter, layer.weight)) as weight_FD:
+                if not compute:
+                    continue
+                codes_FD, scale = ternarize(weight_FD, layer.quant)
+            codes = codes_FD.flatten().cpu()
+            previous = self._previous.get(name)
+            flipped = (
+                None if previous is None else _share(_unpack(previous, codes.numel()) != codes)
+            )
+            self._previous[name] = _pack(codes)
+            figures[name] = {"zeros": _share(codes == 0), "flipped": flipped, "scale": float(scale)}
+        return figures
+
+
+def _pack(codes: Tensor) -> Tensor:
+    return pack_2bit(F.pad(codes, (0, -codes.numel() % 4))[:, None])
+
+
+def _unpack(packed: Tensor, numel: int) -> Tensor:
+    return unpack_2bit(packed).flatten()[:numel]
+
+
+def _share(mask: Tensor) -> float:
+    return int(mask.sum()) / mask.numel()

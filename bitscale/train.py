@@ -1,0 +1,396 @@
+"""The training run: read this first.
+
+`train` sets a run up (corpora, ranks, model, engine, resumption); `_loop` is the run itself.
+"""
+
+import resource
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bitscale import checkpoint, run
+from bitscale.config import (
+    Config,
+    check_world_size,
+    config_hash,
+    num_steps,
+    stop_step,
+    to_tree,
+    transition_step,
+)
+from bitscale.data.batches import Batches
+from bitscale.data.corpus import PreparedCorpus
+from bitscale.engine import StepResult, TrainEngine
+from bitscale.errors import NonFiniteLoss
+from bitscale.evaluate import EvalResult, evaluate
+from bitscale.mesh import Mesh, close_mesh, init_mesh, world_size_from_environment
+from bitscale.model.bitlinear import bit_linears, set_strength
+from bitscale.model.decoder import Decoder
+from bitscale.optim import learning_rate, weight_decay
+from bitscale.preemption import StopRequest
+from bitscale.quant.schedule import Strength, quant_strength
+from bitscale.recorder import (
+    Recorder,
+    SpeedRecord,
+    TrainRecord,
+    ValidRecord,
+    format_count,
+    format_duration,
+    progress_line,
+)
+from bitscale.telemetry import TernaryTelemetry
+from bitscale.transition import begin_transition
+
+
+@dataclass(frozen=True)
+class Outcome:
+    step: int  # optimizer steps completed
+    preempted: bool  # stopped by a signal, after saving
+    valid: EvalResult | None
+
+
+@dataclass(frozen=True)
+class _Session:
+    """What the loop and its helpers share; nothing in it is reassigned."""
+
+    cfg: Config
+    mesh: Mesh
+    corpora: list[PreparedCorpus]
+    engine: TrainEngine
+    batches: Batches
+    recorder: Recorder
+    telemetry: TernaryTelemetry | None
+    identity: dict[str, str]
+
+    def say(self, text: str) -> None:
+        if self.mesh.is_main:
+            print(text, flush=True)
+
+
+def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[str] = ()) -> Outcome:
+    """Run `cfg` to its end, to `train.stop_step`, or to a SIGTERM.
+
+    Args:
+        resume: None (a fresh run), "auto" (the latest checkpoint of this run, if any), or the
+            path of a checkpoint or of another run, whose trunk this run then continues.
+        allow_change: keys (or sections) in which this run may differ from that checkpoint.
+
+    Raises:
+        BitscaleError: anything that a user can mend, before a step is taken; NonFiniteLoss later.
+    """
+    check_world_size(cfg, world_size_from_environment())
+    corpora = run.load_corpora(cfg)
+    cfg = run.resolve_vocab(cfg, corpora[0].vocab_size)
+    identity = run.identity(cfg, corpora)
+    resume_from = run.find_resume(cfg, resume)
+    reader = None if resume_from is None else checkpoint.Reader(resume_from)
+    differences: list[str] = []
+    if reader is not None:
+        differences = run.check_identity(identity, reader.meta.identity, reader.path, allow_change)
+
+    mesh = init_mesh(cfg.engine.device, cfg.engine.num_threads)
+    try:
+        session = _set_up(cfg, mesh, corpora, identity, reader)
+        _announce(session, reader, differences)
+        start = 0 if reader is None else reader.meta.step
+        with StopRequest() as stop_request:
+            outcome = _loop(session, start, stop_request)
+        session.recorder.close()
+        return outcome
+    finally:
+        close_mesh()
+
+
+def _loop(session: _Session, start: int, stop_request: StopRequest) -> Outcome:
+    cfg, engine, mesh = session.cfg, session.engine, session.mesh
+    first_ternary_step = transition_step(cfg)
+    last = stop_step(cfg)
+    monitor = _Monitor(session)
+    valid = None
+    for step in range(start, last):
+        strength = quant_strength(step, cfg)
+        if step == first_ternary_step:
+            begin_transition(engine, mesh, cfg.transition.optimizer_state)
+            session.recorder.event(
+                step, session.batches.tokens_seen(step), "transition", **cfg.transition.model_dump()
+            )
+            session.say(f"transition begins: {_transition_summary(cfg)}")
+        set_strength(engine.module, strength)
+        lr, decay = learning_rate(step, cfg), weight_decay(step, cfg)
+        result = engine.train_step(session.batches.micro_batches(step), lr=lr, weight_decay=decay)
+        done = step + 1
+        monitor.add(done, result, lr, decay, strength)
+
+        stopping = mesh.any(stop_request.received)
+        if _due(done, cfg.log.every) or done == last or stopping:
+            monitor.report()
+        if session.telemetry is not None and _due(done, cfg.log.telemetry_every):
+            _read_telemetry(session, done)
+        if _due(done, cfg.train.eval_every) or done == last:
+            valid = _evaluate(session, done)
+        if _due(done, cfg.checkpoint.every) or done == last or stopping:
+            monitor.report()  # a checkpoint never outlives an unseen NaN
+            _save(session, done, strength)
+        if stopping and done < last:
+            session.recorder.event(done, session.batches.tokens_seen(done), "preempted")
+            session.say(
+                f"stopped by a signal after step {done}; saved, continue with --resume auto"
+            )
+            return Outcome(done, preempted=True, valid=valid)
+    if start >= last:
+        session.say(f"nothing to do: the checkpoint is at step {start:,} of {last:,}")
+    elif last == num_steps(cfg):
+        session.recorder.event(last, session.batches.tokens_seen(last), "finished")
+    return Outcome(max(start, last), preempted=False, valid=valid)
+
+
+def _set_up(
+    cfg: Config,
+    mesh: Mesh,
+    corpora: list[PreparedCorpus],
+    identity: dict[str, str],
+    reader: checkpoint.Reader | None,
+) -> _Session:
+    batches = Batches(
+        [
+            (corpus.shard("train"), entry.weight)
+            for corpus, entry in zip(corpora, cfg.data.corpora, strict=True)
+        ],
+        seq_len=cfg.data.seq_len,
+        global_batch_size=cfg.train.global_batch_size,
+        micro_batch_size=cfg.train.micro_batch_size,
+        dp_rank=mesh.rank,
+        dp_size=mesh.world_size,
+        seed=cfg.data.seed,
+        reset_attention=cfg.data.reset_attention,
+    )
+    torch.manual_seed(cfg.train.seed)
+    model = Decoder(
+        cfg.model,
+        cfg.quant,
+        seed=cfg.train.seed,
+        activation_checkpointing=cfg.train.activation_checkpointing,
+    )
+    telemetry = TernaryTelemetry(model) if cfg.log.telemetry_every else None
+    engine = TrainEngine(cfg, model, mesh)
+    if reader is not None:
+        _restore(engine, mesh, reader)
+    if mesh.is_main:
+        run.write_config(cfg)
+        _rewind(cfg, reader)
+    recorder = Recorder(
+        Path(cfg.run.dir),
+        enabled=mesh.is_main,
+        resume_step=None if reader is None else reader.meta.step,
+        num_steps=num_steps(cfg),
+        tensorboard=cfg.log.tensorboard,
+    )
+    if telemetry is not None and reader is not None:
+        telemetry.read(engine.gathered, compute=mesh.is_main)  # flips count from the checkpoint
+    return _Session(cfg, mesh, corpora, engine, batches, recorder, telemetry, identity)
+
+
+def _restore(engine: TrainEngine, mesh: Mesh, reader: checkpoint.Reader) -> None:
+    reader.restore(engine.fragments())
+    engine.publish_masters()
+    rng_state = reader.rng_state(mesh.rank)
+    if rng_state is not None:
+        torch.set_rng_state(rng_state)
+
+
+def _rewind(cfg: Config, reader: checkpoint.Reader | None) -> None:
+    root = run.checkpoints_dir(cfg)
+    if reader is None or reader.path.resolve().parent != root.resolve():
+        return
+    for path in checkpoint.rewind(root, root / reader.path.name):
+        print(f"kept aside, as this run continues from an earlier step: superseded-{path.name}")
+
+
+def _announce(session: _Session, reader: checkpoint.Reader | None, differences: list[str]) -> None:
+    cfg, mesh, batches = session.cfg, session.mesh, session.batches
+    step = 0 if reader is None else reader.meta.step
+    details = {
+        "config_hash": config_hash(cfg),
+        "world_size": mesh.world_size,
+        "versions": run.versions(),
+        "differences": differences,
+    }
+    event = "start" if reader is None else "resume"
+    source = {} if reader is None else {"checkpoint": str(reader.path)}
+    session.recorder.event(step, batches.tokens_seen(step), event, **details, **source)
+    shapes = session.engine.parameter_shapes()
+    ternary = {f"{name}.weight" for name, _ in bit_linears(session.engine.module)}
+    count = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    session.say(
+        f"run {cfg.run.dir}: {format_count(sum(count.values()))} parameters "
+        f"({format_count(sum(count[name] for name in ternary))} in ternary layers), "
+        f"{num_steps(cfg):,} steps, {format_count(batches.tokens_seen(num_steps(cfg)))} tokens, "
+        f"{cfg.train.dtype}, ZeRO-{cfg.engine.zero_stage}, {mesh.world_size} rank(s) on "
+        f"{mesh.device.type}; {_transition_summary(cfg)}"
+    )
+    if reader is not None:
+        session.say(f"resumed from {reader.path} at step {step}")
+    for difference in differences:
+        session.say(f"allowed change: {difference}")
+
+
+def _transition_summary(cfg: Config) -> str:
+    start = transition_step(cfg)
+    if start is None:
+        return "16 bit throughout"
+    t = cfg.transition
+    return (
+        f"ternary from step {start:,} (ramp {t.ramp.shape}, optimizer state {t.optimizer_state}, "
+        f"LR {t.lr}, weight decay {t.weight_decay})"
+    )
+
+
+class _Monitor:
+    """Buffers step results on the device; one host synchronisation a logging interval."""
+
+    def __init__(self, session: _Session) -> None:
+        self._session = session
+        self._pending: list[tuple[int, StepResult, float, float, Strength]] = []
+        self._mark = self._begin = time.perf_counter()
+        self._num_done = 0
+
+    def add(
+        self, done: int, result: StepResult, lr: float, decay: float, strength: Strength
+    ) -> None:
+        self._pending.append((done, result, lr, decay, strength))
+
+    def report(self) -> None:
+        """Write and print what has come since the last call.
+
+        Raises NonFiniteLoss, on every rank, for the first step whose loss is NaN or infinite.
+        """
+        if not self._pending:
+            return
+        cfg, mesh, batches = self._session.cfg, self._session.mesh, self._session.batches
+        losses = torch.stack([result.loss for _, result, *_ in self._pending])
+        losses = mesh.sum(losses) / mesh.world_size
+        norms = [float(result.grad_norm) for _, result, *_ in self._pending]
+        records = [
+            TrainRecord(
+                step=done,
+                tokens=batches.tokens_seen(done),
+                loss=loss,
+                lr=lr,
+                weight_decay=decay,
+                lambda_weight=strength.weight,
+                lambda_activation=strength.activation,
+                grad_norm=norm,
+            )
+            for (done, _, lr, decay, strength), loss, norm in zip(
+                self._pending, losses.tolist(), norms, strict=True
+            )
+        ]
+        self._session.recorder.train(records)
+        speed = self._speed(records)
+        self._session.recorder.speed(speed)
+        mean_loss = sum(record.loss for record in records) / len(records)
+        self._session.say(
+            progress_line(records[-1]._replace(loss=mean_loss), speed, num_steps(cfg))
+        )
+        self._pending.clear()
+        for record in records:
+            if not torch.isfinite(torch.tensor(record.loss)):
+                self._session.recorder.flush()
+                raise NonFiniteLoss(
+                    f"loss is {record.loss} at step {record.step}; nothing was saved since the "
+                    "last checkpoint: resume from it with a lower optim.lr, a longer ramp, or "
+                    "another data.seed"
+                )
+
+    def _speed(self, records: list[TrainRecord]) -> SpeedRecord:
+        now = time.perf_counter()
+        cfg, batches = self._session.cfg, self._session.batches
+        last = records[-1].step
+        step_seconds = (now - self._mark) / len(records)
+        self._num_done += len(records)
+        remaining = stop_step(cfg) - last
+        self._mark = now
+        return SpeedRecord(
+            step=last,
+            tokens_per_second=batches.tokens_seen(1) / step_seconds,
+            step_seconds=step_seconds,
+            peak_gib=_peak_gib(self._session.mesh.device),
+            eta_seconds=remaining * (now - self._begin) / self._num_done,
+            epochs={
+                corpus.path: epochs
+                for corpus, epochs in zip(cfg.data.corpora, batches.epochs(last), strict=True)
+            },
+        )
+
+
+def _evaluate(session: _Session, done: int) -> EvalResult | None:
+    cfg, mesh = session.cfg, session.mesh
+    if not any("valid" in corpus.splits for corpus in session.corpora):
+        return None
+    passes = cfg.train.global_batch_size // (cfg.train.micro_batch_size * mesh.world_size)
+    begin = time.perf_counter()
+    result = evaluate(
+        session.engine.token_losses,
+        session.corpora,
+        mesh,
+        split="valid",
+        seq_len=cfg.data.seq_len,
+        batch_size=cfg.train.micro_batch_size,
+        max_batches=cfg.train.eval_batches * passes or None,
+        reset_attention=cfg.data.reset_attention,
+    )
+    tokens = session.batches.tokens_seen(done)
+    session.recorder.valid(
+        ValidRecord(done, tokens, result.loss, result.perplexity, result.bits_per_byte)
+    )
+    session.say(
+        f"valid at step {done:,}: loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  "
+        f"{result.bits_per_byte:.4f} bits/byte  ({format_count(result.num_tokens)} tokens in "
+        f"{format_duration(time.perf_counter() - begin)})"
+    )
+    return result
+
+
+def _read_telemetry(session: _Session, done: int) -> None:
+    assert session.telemetry is not None
+    layers = session.telemetry.read(session.engine.gathered, compute=session.mesh.is_main)
+    session.recorder.telemetry(done, layers)
+
+
+def _save(session: _Session, done: int, strength: Strength) -> None:
+    cfg, mesh, engine = session.cfg, session.mesh, session.engine
+    root = run.checkpoints_dir(cfg)
+    session.recorder.flush()
+    begin = time.perf_counter()
+    meta = checkpoint.Meta(
+        step=done,
+        tokens=session.batches.tokens_seen(done),
+        lambda_weight=strength.weight,
+        lambda_activation=strength.activation,
+        config=to_tree(cfg),
+        config_hash=config_hash(cfg),
+        identity=session.identity,
+        shapes={name: list(shape) for name, shape in engine.parameter_shapes().items()},
+        world_size=mesh.world_size,
+        versions=run.versions(),
+    )
+    path = checkpoint.save(root, meta, engine.fragments(), mesh, rng_state=torch.get_rng_state())
+    seconds = time.perf_counter() - begin
+    if mesh.is_main:
+        checkpoint.prune(root, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
+    session.recorder.event(done, meta.tokens, "checkpoint", path=str(path), seconds=seconds)
+    session.say(f"saved {path} in {format_duration(seconds)}")
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+def _peak_gib(device: torch.device) -> float:
+    """Largest memory of this rank so far: CUDA allocations, or resident set on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
