@@ -130,3 +130,12 @@ def _check_transition(cfg: Config) -> None:
             f"transition.lr='decay' fuses the decay with the transition and needs "
             f"optim.schedule constant or wsd, not {cfg.optim.schedule!r}"
         )
+    if t.lr == "decay" and cfg.optim.schedule == "wsd":
+        decay_step = steps - span_steps(cfg.optim.decay, cfg)
+        if start > decay_step:
+            # The fused decay starts at the plateau: the learning rate would jump up again.
+            raise ConfigError(
+                f"transition.at is step {start}, but optim.decay already begins at step "
+                f"{decay_step} and transition.lr='decay' would lift the learning rate again; "
+                "shorten optim.decay, move the transition earlier, or use transition.lr=continue"
+            )

@@ -7,12 +7,13 @@ pydantic validates the merged result, strictly.
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
@@ -31,11 +32,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if "=" not in text:
             raise ConfigError(f"override {text!r} is not of the form section.key=value")
         try:
-            merged = _merge(merged, OmegaConf.from_dotlist([text]))
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+            above = cast(dict[Any, Any], OmegaConf.to_container(OmegaConf.from_dotlist([text])))
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
             raise ConfigError(f"override {text!r}: {_first_line(error)}") from error
+        merged = _merge(merged, above)
     try:
-        tree = OmegaConf.to_container(merged, resolve=True)
+        tree = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_first_line(error)}") from error
     return parse_config(tree, where=str(path))
@@ -64,8 +66,19 @@ def to_tree(cfg: Config) -> dict[str, Any]:
 
 def to_yaml(cfg: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal Config."""
-    text: str = yaml.safe_dump(to_tree(cfg), sort_keys=False, default_flow_style=None, width=100)
+    text: str = yaml.dump(
+        to_tree(cfg), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100
+    )
     return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Also quotes strings such as 1e3, which OmegaConf's YAML reads as numbers."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9_.]+[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
 
 
 def config_hash(cfg: Config) -> str:
@@ -80,8 +93,9 @@ def config_hash(cfg: Config) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
-    if path in seen:
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[Any, Any]:
+    """The tree of `path` merged over its bases; interpolations are not resolved yet."""
+    if path.resolve() in seen:
         raise ConfigError(f"{path}: `base:` goes round in a circle")
     try:
         node = OmegaConf.load(path)
@@ -91,42 +105,48 @@ def _read(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         raise ConfigError(f"{path} is a directory; name a YAML file") from None
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {_first_line(error)}") from error
-    if not isinstance(node, DictConfig):
+    tree = OmegaConf.to_container(node)
+    if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections (run, model, data, ...) at the top level")
-    base = node.pop("base", None)
-    if base is None:
-        return node
-    merged = OmegaConf.create()
-    for name in [base] if isinstance(base, str) else list(base):
-        merged = _merge(merged, _read(path.parent / name, (*seen, path)))
-    return _merge(merged, node)
+    base = tree.pop("base", None)
+    names = [] if base is None else base if isinstance(base, list) else [base]
+    merged: dict[Any, Any] = {}
+    for name in names:
+        if not isinstance(name, str):
+            raise ConfigError(f"{path}: base={base!r}: expected a file name or a list of them")
+        merged = _merge(merged, _read(path.parent / name, (*seen, path.resolve())))
+    return _merge(merged, tree)
 
 
-def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
-    """`above` wins key by key; a length given in one unit replaces the other units below it."""
-    _drop_other_units(below, above)
-    return cast(DictConfig, OmegaConf.merge(below, above))
+def _merge(below: dict[Any, Any], above: dict[Any, Any]) -> dict[Any, Any]:
+    """`above` wins key by key; a length given in one unit replaces the other units below it.
 
-
-def _drop_other_units(below: Any, above: DictConfig) -> None:
-    if not isinstance(below, DictConfig):
-        return
-    if any(above.get(unit) is not None for unit in _UNITS if unit in above):
-        for unit in _UNITS - set(above):
-            below.pop(str(unit), None)
+    Lists are replaced whole.
+    """
+    merged = dict(below)
+    if any(above.get(unit) is not None for unit in _UNITS):
+        merged = {key: value for key, value in below.items() if key not in _UNITS}
     for key, value in above.items():
-        if isinstance(value, DictConfig) and key in below:
-            _drop_other_units(below[key], value)
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _merge(old, value)
+        merged[key] = value
+    return merged
 
 
 def _explain(error: ValidationError) -> str:
-    first, *rest = error.errors(include_url=False)
-    key = ".".join(str(part) for part in first["loc"]) or "configuration"
+    # Unknown keys first: a misspelt key is also a missing one, and the spelling is the cause.
+    first, *rest = sorted(
+        error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden"
+    )
+    key = ".".join(str(part) for part in first["loc"]) if first["loc"] else "configuration"
     more = f" (and {len(rest)} more)" if rest else ""
     if first["type"] == "extra_forbidden":
         return f"unknown key {key!r}{_did_you_mean(first['loc'])}{more}"
     if first["type"] == "missing":
-        return f"{key} is missing; set it in the file or with {key}=VALUE{more}"
+        in_list = any(isinstance(part, int) for part in first["loc"])
+        remedy = "set it in the file" + ("" if in_list else f" or with {key}=VALUE")
+        return f"{key} is missing; {remedy}{more}"
     shown = json.dumps(first["input"], default=str)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     return f"{key}={shown}: {first['msg'].removeprefix('Value error, ')}{more}"

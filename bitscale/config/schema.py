@@ -14,6 +14,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]  # 1 is refused by Adam
 
 
 class Section(BaseModel):
@@ -110,7 +111,7 @@ class OptimConfig(Section):
     """AdamW and the learning-rate schedule (formulas: docs/schedules.md)."""
 
     lr: PositiveFloat
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     clip: NonNegativeFloat = 1.0  # global gradient norm; 0 turns clipping off

@@ -254,8 +254,13 @@ def _start_or_resume(partial: Path, request: dict[str, Any], overwrite: bool) ->
     if not path.is_file() and leftovers - {f"{REQUEST_NAME}.partial"}:
         raise DataError(f"{partial} exists and is not bitscale's; move it or choose another --out")
     if path.is_file() and not overwrite:
-        difference = _difference(json.loads(path.read_text(encoding="utf-8")), request)
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if earlier["options"]["encoding_errors"] == "strict":
+            # What strict accepted, replace reads alike: the remedy for one bad file costs nothing.
+            earlier["options"]["encoding_errors"] = request["options"]["encoding_errors"]
+        difference = _difference(earlier, request)
         if difference is None:
+            _write_durably(path, json.dumps(request).encode())
             return
         raise DataError(
             f"{partial} holds an interrupted preparation made differently ({difference}); repeat "

@@ -199,7 +199,7 @@ def test_jsonl_replaces_what_is_not_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", b'{"text": "\\ud83d!"}\n{"text": "caf\xe9"}\n')
     assert read(path, encoding_errors="replace") == ["\ufffd!", "caf\ufffd"]
     path = write(tmp_path / "b.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n')
-    with pytest.raises(DataError, match=r"b\.jsonl: invalid UTF-8 at byte 28 \(0xe9\)"):
+    with pytest.raises(DataError, match=r"b\.jsonl: invalid UTF-8 at byte 27 \(0xe9\)"):
         read(path)
 
 
@@ -304,27 +304,22 @@ def test_hf_dataset_with_a_lone_surrogate_names_the_row(dataset: Path) -> None:
 
 
 def test_python_docs() -> None:
+    sys.modules.pop("antigravity", None)  # importing it would open a web browser
     texts = read(python_docs.NAME)
-    assert texts == read(python_docs.NAME)
+    assert "antigravity" not in sys.modules
     assert sum(len(text.encode()) for text in texts) > 1_000_000
     assert not any("\r" in text or not text.strip() for text in texts)
-    assert any("Return the cosine" in text or "itemgetter" in text for text in texts)
     assert python_docs.has_topics()
-    assert any(text.startswith("Integer and floating") or "literals" in text for text in texts[:90])
+    assert texts[0].startswith('The "assert" statement')
+    decoder = next(text for text in texts if text.startswith("json.decoder\n\n"))
+    assert "JSONDecoder.raw_decode(self, s, idx=0)\n\nDecode a JSON document" in decoder
     file = find_inputs((python_docs.NAME,), SourceOptions()).files[0]
     assert file.version == f"Python {sys.version.split()[0]}"
     names = [file.module for file in python_docs.documentation_files()]
-    assert "json.decoder" in names and not any("idlelib" in name for name in names)
-
-
-def test_python_docs_are_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    sys.modules.pop("antigravity", None)  # its import opens a web browser
-    read(python_docs.NAME)
-    assert "antigravity" not in sys.modules
+    assert len(set(names)) == len(names) and not any("idlelib" in name for name in names)
 
 
 def test_python_docs_without_topics(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_topics = len(read(python_docs.NAME))
     monkeypatch.setattr(python_docs, "_topics_path", lambda: None)
     python_docs.documentation_files.cache_clear()
     try:
@@ -332,7 +327,8 @@ def test_python_docs_without_topics(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.notes == [
             "this Python comes without pydoc_data.topics; using the standard library's docstrings"
         ]
-        assert 300 < len(read(python_docs.NAME)) < with_topics
+        documents = list(read_span(found.spans[0], SourceOptions()))
+        assert documents[0].startswith("__future__\n\nRecord of phased-in incompatible")
     finally:
         python_docs.documentation_files.cache_clear()
 
