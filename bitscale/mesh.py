@@ -69,6 +69,11 @@ def world_size_from_environment() -> int:
     return _environment_int("WORLD_SIZE", 1)
 
 
+def under_launcher() -> bool:
+    """Whether torchrun, deepspeed or another launcher started this process."""
+    return "RANK" in os.environ
+
+
 def init_mesh(device: str, num_threads: int = 0) -> Mesh:
     """Join the process group of this launch and bind this rank's device and CPU threads.
 
@@ -88,7 +93,7 @@ def init_mesh(device: str, num_threads: int = 0) -> Mesh:
     torch.set_num_threads(num_threads or max(1, (os.cpu_count() or 1) // local_world_size))
     if not dist.is_initialized():
         backend = "nccl" if torch_device.type == "cuda" else "gloo"
-        if "RANK" in os.environ:
+        if under_launcher():
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
         else:
             # One process: an in-memory store needs no free port.
@@ -112,7 +117,8 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
     if device == "cpu" or not available:
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise ConfigError(
+        # Not a ConfigError: of those only rank 0 speaks, and it has its GPU.
+        raise KernelUnavailable(
             f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
             "launch at most that many ranks per host"
         )

@@ -8,10 +8,16 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """While active, remembers the first signal; a second one acts as it would have."""
+    """While active, remembers the first signal; a second one acts as it would have.
 
-    def __init__(self) -> None:
+    Under a launcher a second one is ignored (`repeats_kill` False): a signal to the whole job, as
+    Ctrl-C or Slurm send it, reaches each rank twice, directly and passed on by the launcher, and
+    must not end the save that it asked for. Launchers kill after half a minute by themselves.
+    """
+
+    def __init__(self, *, repeats_kill: bool = True) -> None:
         self.received = False
+        self._repeats_kill = repeats_kill
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -29,7 +35,8 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        self._restore()
+        if self._repeats_kill:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -197,11 +197,16 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
 
 
 def drop_later_lines(path: Path, last_step: int) -> None:
-    """Keep the lines of steps up to `last_step`; the file is replaced atomically."""
+    """Keep the lines of steps up to `last_step`; the file is replaced atomically.
+
+    A transition that begins at `last_step` goes too: it is recorded before the step it changes.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         for _, raw, line in read_lines(path):
-            if line["step"] <= last_step:
+            # A transition is recorded before its first step: at last_step it will come again.
+            repeated = line.get("event") == "transition" and line["step"] == last_step
+            if line["step"] <= last_step and not repeated:
                 file.write(raw)
         file.flush()
         os.fsync(file.fileno())

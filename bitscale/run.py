@@ -10,6 +10,7 @@ from bitscale import __version__, checkpoint
 from bitscale.config import Config, to_tree, to_yaml
 from bitscale.data.corpus import PreparedCorpus, load_corpus
 from bitscale.errors import CheckpointError, ConfigError, DataError
+from bitscale.recorder import METRICS_NAME, read_lines
 
 # Keys that cannot change results; a resumed run may differ in them.
 _FREE_KEYS = {"quant.kernel"}
@@ -93,17 +94,34 @@ def find_resume(cfg: Config, resume: str | None) -> Path | None:
     `resume` is None, "auto" (the latest of this run, if any) or a path.
     """
     root = checkpoints_dir(cfg)
+    metrics = Path(cfg.run.dir) / METRICS_NAME
     if resume == "auto":
-        return checkpoint.latest_checkpoint(root) if root.is_dir() else None
-    if resume is not None:
-        return checkpoint.resolve(Path(resume))
-    run_dir = Path(cfg.run.dir)
-    if checkpoint.list_checkpoints(root) or (run_dir / "metrics.jsonl").exists():
+        own = checkpoint.latest_checkpoint(root) if root.is_dir() else None
+        trunk = _trunk(metrics)
+        return own or (None if trunk is None else checkpoint.resolve(trunk))
+    chosen = None if resume is None else checkpoint.resolve(Path(resume))
+    if chosen is not None and _same(chosen.parent, root):
+        return chosen
+    trunk = _trunk(metrics)
+    killed_before_saving = chosen is not None and trunk is not None and _same(chosen, trunk)
+    if checkpoint.list_checkpoints(root) or (metrics.exists() and not killed_before_saving):
         raise ConfigError(
             f"run.dir={cfg.run.dir!r} already holds a run; continue it with --resume auto, or "
             "choose another run.dir"
         )
-    return None
+    return chosen
+
+
+def _trunk(metrics: Path) -> Path | None:
+    """The checkpoint that the run began from; None if it began from nothing (or not yet)."""
+    if not metrics.is_file():
+        return None
+    _, _, first = next(read_lines(metrics), (0, b"", {}))
+    return Path(first["checkpoint"]) if first.get("event") == "resume" else None
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
 
 
 def checkpoints_dir(cfg: Config) -> Path:

@@ -3,6 +3,7 @@
 `train` sets a run up (corpora, ranks, model, engine, resumption); `_loop` is the run itself.
 """
 
+import math
 import resource
 import time
 from collections.abc import Collection
@@ -26,7 +27,13 @@ from bitscale.data.corpus import PreparedCorpus
 from bitscale.engine import StepResult, TrainEngine
 from bitscale.errors import NonFiniteLoss
 from bitscale.evaluate import EvalResult, evaluate
-from bitscale.mesh import Mesh, close_mesh, init_mesh, world_size_from_environment
+from bitscale.mesh import (
+    Mesh,
+    close_mesh,
+    init_mesh,
+    under_launcher,
+    world_size_from_environment,
+)
 from bitscale.model.bitlinear import bit_linears, set_strength
 from bitscale.model.decoder import Decoder
 from bitscale.optim import learning_rate, weight_decay
@@ -96,7 +103,7 @@ def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[st
         session = _set_up(cfg, mesh, corpora, identity, reader)
         _announce(session, reader, differences)
         start = 0 if reader is None else reader.meta.step
-        with StopRequest() as stop_request:
+        with StopRequest(repeats_kill=not under_launcher()) as stop_request:
             outcome = _loop(session, start, stop_request)
         session.recorder.close()
         return outcome
@@ -184,7 +191,9 @@ def _set_up(
     recorder = Recorder(
         Path(cfg.run.dir),
         enabled=mesh.is_main,
-        resume_step=None if reader is None else reader.meta.step,
+        # 0 without a checkpoint: a session killed before its first one may have left lines, which
+        # come again (run.find_resume has refused any other run in this directory).
+        resume_step=0 if reader is None else reader.meta.step,
         num_steps=num_steps(cfg),
         tensorboard=cfg.log.tensorboard,
     )
@@ -297,10 +306,12 @@ class _Monitor:
         )
         self._pending.clear()
         for record in records:
-            if not torch.isfinite(torch.tensor(record.loss)):
+            # A NaN gradient spoils the weights one step before the loss shows it.
+            if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
                 self._session.recorder.flush()
                 raise NonFiniteLoss(
-                    f"loss is {record.loss} at step {record.step}; nothing was saved since the "
+                    f"loss is {record.loss:g} and the gradient norm {record.grad_norm:g} at step "
+                    f"{record.step}; nothing was saved since the "
                     "last checkpoint: resume from it with a lower optim.lr, a longer ramp, or "
                     "another data.seed"
                 )

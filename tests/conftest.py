@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bitscale.config import Config, load_config
+from bitscale.config import Config, ModelConfig, load_config
 
 TINY_CONFIG = """\
 run: {dir: runs/tiny}
@@ -18,7 +18,7 @@ train: {steps: 100, global_batch_size: 8, micro_batch_size: 4, dtype: fp32}
 optim: {lr: 3e-3, schedule: constant, warmup: {steps: 10}}
 transition: {at: {fraction: 0.4}}
 """
-WORDS = "the a one many tree river moves holds under over bright slow never always so and".split()
+WORDS = ["river", "tree", "moves", "holds", "under", "bright", "slow", "never", "always", "and"]
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +64,21 @@ def make_corpus(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 def corpus(make_corpus: Callable[..., Path]) -> Path:
     """Folder of one small prepared corpus (6,000 words)."""
     return make_corpus(0)
+
+
+@pytest.fixture(scope="session")
+def count_parameters() -> Callable[[ModelConfig, int], int]:
+    """Parameters of a decoder by formula: the committed sizes and the code are both held to it."""
+
+    def count(m: ModelConfig, vocab_size: int) -> int:
+        head, kv_heads = m.d_model // m.num_heads, m.num_kv_heads or m.num_heads
+        num_up = 1 if m.mlp == "relu2" else 2
+        norm = m.d_model if m.norm_affine else 0
+        attention = 2 * m.d_model**2 + 2 * m.d_model * head * kv_heads
+        mlp = (num_up + 1) * m.d_model * m.d_ff
+        layer = attention + mlp + 2 * norm
+        layer += (m.d_model + m.d_ff) * m.sub_norm + 2 * head * m.qk_norm
+        layer += (3 * m.d_model + 2 * head * kv_heads + num_up * m.d_ff) * m.bias
+        return m.num_layers * layer + norm + vocab_size * m.d_model * (2 - m.tie_embeddings)
+
+    return count

@@ -7,6 +7,7 @@ after saving (EX_TEMPFAIL: launch again with --resume auto).
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from bitscale import __version__
@@ -15,6 +16,7 @@ from bitscale.errors import BitscaleError, ConfigError, NonFiniteLoss
 
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
+_SILENT_RANK_SECONDS = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +52,10 @@ def _print_error(error: BitscaleError) -> None:
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
-    elif not isinstance(error, ConfigError | NonFiniteLoss):
+    elif isinstance(error, ConfigError | NonFiniteLoss):
+        # The launcher stops every rank at the first that exits: let rank 0 speak before that.
+        time.sleep(_SILENT_RANK_SECONDS)
+    else:
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
 
 

@@ -7,7 +7,7 @@ that span several keys are in `checks.py`.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -26,9 +26,9 @@ class Section(BaseModel):
 class Point(Section):
     """A moment of the run, given in exactly one unit."""
 
-    step: NonNegativeInt | None = None
-    tokens: NonNegativeInt | None = None
-    fraction: Fraction | None = None
+    step: NonNegativeInt | None = None  # 0-based optimizer step
+    tokens: NonNegativeInt | None = None  # tokens seen, rounded to the nearest step
+    fraction: Fraction | None = None  # of all steps
 
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
@@ -40,9 +40,9 @@ class Point(Section):
 class Span(Section):
     """A length of the run, given in exactly one unit."""
 
-    steps: NonNegativeInt | None = None
-    tokens: NonNegativeInt | None = None
-    fraction: Fraction | None = None
+    steps: NonNegativeInt | None = None  # optimizer steps
+    tokens: NonNegativeInt | None = None  # tokens, rounded to the nearest step
+    fraction: Fraction | None = None  # of all steps
 
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
@@ -54,74 +54,76 @@ class Span(Section):
 class RopeScaling(Section):
     """Context extension of the rotary embedding (names as in Hugging Face configurations)."""
 
+    # linear: every frequency / factor; llama3: long wavelengths only
     type: Literal["linear", "llama3"]
-    factor: Annotated[float, Field(ge=1)]
-    low_freq_factor: PositiveFloat = 1.0
-    high_freq_factor: PositiveFloat = 4.0
-    original_context: PositiveInt = 8192
+    factor: Annotated[float, Field(ge=1)]  # new context over the original one
+    low_freq_factor: PositiveFloat = 1.0  # llama3: turns below which a frequency is stretched
+    high_freq_factor: PositiveFloat = 4.0  # llama3: turns above which it is kept
+    original_context: PositiveInt = 8192  # llama3: positions of the pretraining before
 
 
 class ModelConfig(Section):
     """Shape of a Llama-family decoder. `vocab_size: null` takes the corpus's tokenizer."""
 
-    vocab_size: PositiveInt | None = None
-    num_layers: PositiveInt
-    d_model: PositiveInt
-    num_heads: PositiveInt
+    vocab_size: PositiveInt | None = None  # null: the tokenizer's
+    num_layers: PositiveInt  # decoder blocks
+    d_model: PositiveInt  # width of the residual stream
+    num_heads: PositiveInt  # query heads; head width d_model / num_heads
     num_kv_heads: PositiveInt | None = None  # null: as many as num_heads
-    d_ff: PositiveInt
-    mlp: Literal["swiglu", "relu2_glu", "relu2"] = "swiglu"
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    d_ff: PositiveInt  # width inside the feed-forward
+    mlp: Literal["swiglu", "relu2_glu", "relu2"] = "swiglu"  # relu2: ReLU squared
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # layernorm has no bias
     norm_affine: bool = True  # OLMo-1B's layernorm has no weight
-    norm_eps: PositiveFloat = 1e-5
-    rope_theta: PositiveFloat = 10000.0
-    rope_scaling: RopeScaling | None = None
+    norm_eps: PositiveFloat = 1e-5  # added to the mean square or variance
+    rope_theta: PositiveFloat = 10000.0  # base of the rotary frequencies
+    rope_scaling: RopeScaling | None = None  # null: none
     sub_norm: bool = False  # SubLN: a norm before the output and down projections
-    qk_norm: bool = False
-    tie_embeddings: bool = True
-    bias: bool = False
-    head_bits: Literal[8, 16] = 16
-    init_std: PositiveFloat = 0.02
+    qk_norm: bool = False  # RMSNorm of queries and keys, per head
+    tie_embeddings: bool = True  # the head shares the embedding
+    bias: bool = False  # in the linear layers of the blocks
+    head_bits: Literal[8, 16] = 16  # 8: 8-bit weights and activations, following λ
+    init_std: PositiveFloat = 0.02  # std of N(0, std²); / sqrt(2 · layers) in o and down
 
 
 class QuantConfig(Section):
     """What λ = 1 means for the decoder's linear layers."""
 
-    weight_scale: Literal["absmean", "absmedian"] = "absmean"
+    weight_scale: Literal["absmean", "absmedian"] = "absmean"  # mean or lower median of |w|
     activation_bits: Literal[8, 16] = 8  # 16: weight-only quantization
-    eps: PositiveFloat = 1e-5
-    kernel: Literal["reference"] = "reference"
+    eps: PositiveFloat = 1e-5  # smallest scale of weights, smallest maximum of activations
+    kernel: Literal["reference"] = "reference"  # the plain PyTorch specification
 
 
 class CorpusConfig(Section):
     """One prepared corpus (a directory written by `bitscale prepare`) and its share."""
 
-    path: str
-    weight: PositiveFloat = 1.0
+    path: str  # directory that `bitscale prepare` wrote
+    weight: PositiveFloat = 1.0  # share of the sequences, relative to the other weights
 
 
 class DataConfig(Section):
-    corpora: tuple[CorpusConfig, ...] = Field(min_length=1)
-    seq_len: PositiveInt
+    corpora: tuple[CorpusConfig, ...] = Field(min_length=1)  # replaced whole by an override
+    seq_len: PositiveInt  # tokens per sequence
     reset_attention: bool = False  # attend within a document only
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = 0  # order of the sequences
 
 
 class OptimConfig(Section):
     """AdamW and the learning-rate schedule (formulas: docs/schedules.md)."""
 
-    lr: PositiveFloat
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1
+    lr: PositiveFloat  # peak learning rate
+    betas: tuple[Beta, Beta] = (0.9, 0.95)  # Adam's
+    eps: PositiveFloat = 1e-8  # Adam's
+    weight_decay: NonNegativeFloat = 0.1  # decoupled; of matrices only
     clip: NonNegativeFloat = 1.0  # global gradient norm; 0 turns clipping off
+    # formulas: docs/schedules.md
     schedule: Literal["constant", "linear", "cosine", "wsd", "trilm"] = "cosine"
-    warmup: Span = Span(fraction=0.02)
-    min_lr_ratio: Fraction = 0.1
+    warmup: Span = Span(fraction=0.02)  # linear, from lr / steps to lr
+    min_lr_ratio: Fraction = 0.1  # learning rate at the end / lr
     decay: Span = Span(fraction=0.2)  # wsd: length of the final decay
     horizon: Span | None = None  # linear, cosine, trilm: where the schedule ends; null: the run
     trilm_lr_ratio: Fraction = 0.6  # trilm: peak after the drop over peak before
-    trilm_drop_at: Fraction = 0.5
+    trilm_drop_at: Fraction = 0.5  # trilm: when, as a fraction of the horizon
 
 
 RampShape = Literal["none", "linear", "paper", "exponential", "sigmoid", "cosine"]
@@ -130,32 +132,41 @@ RampShape = Literal["none", "linear", "paper", "exponential", "sigmoid", "cosine
 class RampConfig(Section):
     """How λ goes from 0 to 1 once the transition has begun."""
 
-    shape: RampShape = "none"
-    over: Span = Span(steps=0)
+    shape: RampShape = "none"  # none: λ jumps to 1
+    over: Span = Span(steps=0)  # from the transition on
+
+
+# YAML 1.1 reads a bare `off` as false.
+WeightDecayPolicy = Annotated[
+    Literal["constant", "off", "off_at"], BeforeValidator(lambda v: "off" if v is False else v)
+]
 
 
 class TransitionConfig(Section):
     """16 bit -> ternary. `at: null` never switches; `at: {step: 0}` is ternary from scratch."""
 
-    at: Point | None = None
-    ramp: RampConfig = RampConfig()
+    at: Point | None = None  # first quantized step; null: 16 bit throughout
+    ramp: RampConfig = RampConfig()  # λ of weights
     activation_ramp: RampConfig | None = None  # null: as `ramp`
+    # Adam's moments when the transition begins
     optimizer_state: Literal["keep", "reset", "keep_second_moment"] = "keep"
+    # rewarm: a second warm-up; decay: linear, from the transition to the end
     lr: Literal["continue", "rewarm", "decay"] = "continue"
-    lr_rewarm: Span = Span(fraction=0.02)
-    weight_decay: Literal["constant", "off", "off_at"] = "constant"
-    weight_decay_off_at: Point = Point(fraction=2 / 3)
+    lr_rewarm: Span = Span(fraction=0.02)  # rewarm: length of the second warm-up
+    # off: from the transition on; off_at: from weight_decay_off_at on
+    weight_decay: WeightDecayPolicy = "constant"
+    weight_decay_off_at: Point = Point(fraction=2 / 3)  # with or without a transition
 
 
 class TrainConfig(Section):
     steps: PositiveInt | None = None  # exactly one of steps, tokens
-    tokens: PositiveInt | None = None
+    tokens: PositiveInt | None = None  # rounded up to whole steps
     stop_step: PositiveInt | None = None  # end this session early, schedules unchanged
     global_batch_size: PositiveInt  # sequences per optimizer step
-    micro_batch_size: PositiveInt
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    seed: NonNegativeInt = 0
-    activation_checkpointing: bool = False
+    micro_batch_size: PositiveInt  # sequences per forward pass and rank
+    dtype: Literal["bf16", "fp32"] = "bf16"  # of weights and activations; masters are fp32
+    seed: NonNegativeInt = 0  # initial weights
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass
     eval_every: NonNegativeInt = 0  # steps; 0: only at the end
     eval_batches: NonNegativeInt = 0  # global batches of validation text; 0: all of it
 
@@ -167,38 +178,38 @@ class TrainConfig(Section):
 
 
 class EngineConfig(Section):
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    zero_stage: Literal[0, 1, 2, 3] = 1  # DeepSpeed's ZeRO; 0 only with fp32
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
     num_threads: NonNegativeInt = 0  # CPU threads per rank; 0: cores / local ranks
     deepspeed: dict[str, Any] = {}  # raw DeepSpeed keys, merged on top of the derived ones
 
 
 class CheckpointConfig(Section):
     every: NonNegativeInt = 0  # steps; 0: only at the end and on SIGTERM
-    keep_last: PositiveInt = 2
+    keep_last: PositiveInt = 2  # checkpoints
     keep_every: NonNegativeInt = 0  # steps; 0: keep only the last ones
 
 
 class LogConfig(Section):
     every: PositiveInt = 10  # steps
     telemetry_every: NonNegativeInt = 50  # steps; 0: off
-    tensorboard: bool = True
+    tensorboard: bool = True  # event files under run.dir, beside metrics.jsonl
 
 
 class RunConfig(Section):
-    dir: str
+    dir: str  # metrics, checkpoints, resolved configuration
 
 
 class Config(Section):
     """A whole run. Field order is the order in which a reader meets the questions."""
 
-    run: RunConfig
-    model: ModelConfig
-    data: DataConfig
-    train: TrainConfig
-    optim: OptimConfig
-    transition: TransitionConfig = TransitionConfig()
-    quant: QuantConfig = QuantConfig()
-    engine: EngineConfig = EngineConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
+    run: RunConfig  # where it is written
+    model: ModelConfig  # what is trained
+    data: DataConfig  # on what
+    train: TrainConfig  # how long, how large, how precise
+    optim: OptimConfig  # how it learns
+    transition: TransitionConfig = TransitionConfig()  # when and how it becomes ternary
+    quant: QuantConfig = QuantConfig()  # what ternary means
+    engine: EngineConfig = EngineConfig()  # on which machinery
+    checkpoint: CheckpointConfig = CheckpointConfig()  # how often it is saved
+    log: LogConfig = LogConfig()  # how often it reports

@@ -15,7 +15,8 @@ def pack_2bit(codes_FD: Tensor) -> Tensor:
     """
     if codes_FD.shape[0] % 4:
         raise ValueError(f"{codes_FD.shape[0]} rows are not a multiple of 4")
-    if codes_FD.numel() and int(codes_FD.abs().max()) > 1:
+    # Not abs(): that of int8 -128 is -128.
+    if codes_FD.numel() and (int(codes_FD.min()) < -1 or int(codes_FD.max()) > 1):
         raise ValueError("codes outside {-1, 0, 1} do not fit into the ternary 2-bit layout")
     quarters = (codes_FD + 1).to(torch.uint8).chunk(4, dim=0)
     return quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from contextlib import suppress
 from itertools import pairwise
@@ -16,20 +20,29 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from bitscale.data import python_docs
+from bitscale.data import progress, python_docs
 from bitscale.data.corpus import file_sha256
 from bitscale.data.prepare import load_corpus
+from bitscale.data.progress import Progress
 from bitscale.data.tokenizer import load_tokenizer, train_tokenizer
 from bitscale.errors import DataError
 
 pytestmark = pytest.mark.e2e
 
+# Kills itself with SIGKILL before calling the function of prepare.py that KILL_BEFORE names.
 COMMAND = """
-import argparse, sys
+import argparse, os, signal, sys
 from bitscale.cli import prepare
 from bitscale.errors import BitscaleError
 
+def kill(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
 def main():
+    if "KILL_BEFORE" in os.environ:
+        import bitscale.data.prepare
+        assert callable(getattr(bitscale.data.prepare, os.environ["KILL_BEFORE"]))
+        setattr(bitscale.data.prepare, os.environ["KILL_BEFORE"], kill)
     parser = argparse.ArgumentParser()
     prepare.add_parser(parser.add_subparsers(required=True))
     args = parser.parse_args()
@@ -194,7 +207,7 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in listing.split()]
 
 
-STAGES = ["request", "tokenizer", "part begun", "part done", "merging", "merged"]
+STAGES = ["request", "tokenizer", "part begun", "part done"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -214,11 +227,46 @@ def test_killed_run_resumes(folder: Path, reference: Path, stage: str, workers: 
 
     done = {path.parent: path.stat().st_mtime_ns for path in partial.glob("parts/*/counts.json")}
     done = {part: time_ns for part, time_ns in done.items() if part.suffix != ".tmp"}
-    if stage in ("part done", "merging", "merged"):
-        assert done
+    assert done or stage != "part done"
     run_resumed(folder, args, done)
     assert digests(out) == digests(reference)
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("function", ["_tokenize", "_merge", "_versions", "_publish"])
+def test_killed_at_an_exact_point(
+    folder: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    out = folder / f"killed{function}"
+    args = ("in", "--out", out.name, *TOKENIZER, "--workers", 1)
+    monkeypatch.setenv("KILL_BEFORE", function)
+    process = start(folder, *args)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert_nothing_looks_finished(out)
+    monkeypatch.delenv("KILL_BEFORE")
+    stderr = run(folder, *args)
+    assert ("resuming" in stderr) == (function != "_tokenize")
+    assert digests(out) == digests(reference)
+    assert not Path(f"{out}.partial").exists()
+
+
+def test_killed_while_replacing_keeps_the_old_corpus(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("in/0.txt", "--out", "replaced", *TOKENIZER, "--workers", 1)
+    run(folder, *args)
+    before = digests(folder / "replaced")
+    changed = (*args, "--section-bytes", 9000, "--overwrite")
+    monkeypatch.setenv("KILL_BEFORE", "_publish")
+    process = start(folder, *changed)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert digests(folder / "replaced") == before
+    monkeypatch.delenv("KILL_BEFORE")
+    run(folder, *changed)
+    assert load_corpus(folder / "replaced", check_hashes=True)
+    assert digests(folder / "replaced") != before
 
 
 def assert_nothing_looks_finished(out: Path) -> None:
@@ -484,6 +532,40 @@ def test_input_fault_stops_the_run_and_can_be_mended(folder: Path) -> None:
     assert (f"resuming: {finished} of" in stderr) == (finished > 0)
     run(folder, "faulty", *args[1:-1], "whole", "--encoding-errors", "replace")
     assert digests(folder / "faulty-out") == digests(folder / "whole")
+
+
+def test_progress_on_a_terminal(folder: Path) -> None:
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    command = [sys.executable, "command.py", "prepare", "in", "--out", "terminal", *TOKENIZER]
+    process = subprocess.Popen(command, cwd=folder, stderr=slave)
+    os.close(slave)
+    output = b""
+    with suppress(OSError):  # how Linux says that the terminal's other end closed
+        while block := os.read(master, 4096):
+            output += block
+    os.close(master)
+    assert process.wait(timeout=60) == 0
+    assert b"tokenizing:" in output and b"tokens/s" in output and b"100%" in output
+
+
+def test_progress_elsewhere_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Progress(num_bytes=4_000_000, done_bytes=1_000_000) as bar:
+        bar.add(1_000_000, 300_000)
+    assert capsys.readouterr().err == ""  # nothing within ten seconds
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    with Progress(num_bytes=4_000_000, done_bytes=1_000_000) as bar:
+        time.sleep(0.1)
+        bar.add(1_000_000, 300_000)
+    line = capsys.readouterr().err
+    assert re.fullmatch(
+        r"tokenizing: 2 of 4 MB, \d+\.\d MB/s, [\d,]+ tokens/s, \d+ s left\n", line
+    ), line
+    with Progress(num_bytes=0, done_bytes=0) as bar:
+        bar.add(0, 300_000)
+    assert re.fullmatch(r"tokenizing: 300000 tokens, [\d,]+ tokens/s\n", capsys.readouterr().err)
 
 
 def test_wrong_shares_are_a_usage_error(folder: Path) -> None:

@@ -1,0 +1,65 @@
+"""A killed and resumed run is bitwise the uninterrupted one; tools/kill_resume.py does more."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from kill_points import Aim, run_with_kills
+from runs import (
+    checkpoint_dirs,
+    differences,
+    events,
+    metrics,
+    train_command,
+)
+
+pytestmark = pytest.mark.e2e
+
+
+def test_killed_on_one_rank(config_file: Path, finished_run: Path, tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = (f"run.dir={run_dir}", "checkpoint.keep_every=5", "--resume", "auto")
+    aims = [
+        Aim("step", 2, 0.0),  # before the first checkpoint: starts over
+        Aim("save", 9, 0.004),
+        Aim("step", 17, 0.01),
+        Aim("publication", 23, 0.0),
+        Aim("evaluation", 31, 0.001),
+    ]
+    points = run_with_kills(train_command("plain", config_file, *arguments), run_dir, log, aims)
+    print(points)
+    assert len(points) >= 4, points  # one may come too late for the kill
+    assert differences(finished_run, run_dir) == []
+    assert len(events(run_dir, "transition")) == 1
+    assert [line["step"] for line in events(run_dir, "finished")] == [40]
+
+
+def test_killed_on_two_ranks(config_file: Path, finished_run_2_ranks: Path, tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = (f"run.dir={run_dir}", "checkpoint.keep_every=5", "--resume", "auto")
+    aims = [Aim("save", 9, 0.004), Aim("step", 20, 0.01, one_rank=True)]
+    points = run_with_kills(train_command("torchrun", config_file, *arguments), run_dir, log, aims)
+    print(points)
+    assert points
+    assert differences(finished_run_2_ranks, run_dir) == []
+
+
+def test_comparison_sees_one_bit(finished_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished_run, copy)
+    assert differences(finished_run, copy) == []
+    _change_loss(copy)
+    assert len(differences(finished_run, copy)) == 1
+    shard = checkpoint_dirs(copy)[-1] / "state-00000-of-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert len(differences(finished_run, copy)) == 2
+
+
+def _change_loss(run_dir: Path) -> None:
+    path = run_dir / "metrics.jsonl"
+    loss = metrics(run_dir, "train")[20]["loss"]
+    changed = json.dumps(loss + 1e-6)
+    path.write_text(path.read_text().replace(json.dumps(loss), changed))

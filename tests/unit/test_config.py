@@ -1,0 +1,555 @@
+"""Configuration: composition, overrides, every message, hash, and the committed files."""
+
+import json
+import re
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitscale.config import (
+    Config,
+    ModelConfig,
+    check_world_size,
+    config_hash,
+    load_config,
+    num_kv_heads,
+    num_steps,
+    parse_config,
+    point_step,
+    span_steps,
+    stop_step,
+    to_tree,
+    to_yaml,
+    tokens_per_step,
+    transition_step,
+)
+from bitscale.errors import ConfigError
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
+CONFIG_FILES = sorted((ROOT / "configs").glob("*.yaml"))  # configs/shared holds parts of them
+MakeConfig = Callable[..., Config]
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# --- Messages: what is wrong with one key ---
+
+KEY_ERRORS = {
+    "unknown section": (
+        ["modle.d_model=64"],
+        ["unknown key 'modle'", "did you mean 'model'?"],
+    ),
+    "unknown key": (
+        ["train.stesp=3"],
+        ["unknown key 'train.stesp'", "did you mean 'train.steps'?"],
+    ),
+    "unknown key, deep": (
+        ["transition.at.frction=0.5"],
+        ["unknown key 'transition.at.frction'", "did you mean 'transition.at.fraction'?"],
+    ),
+    "unknown key in a list": (
+        ["data.corpora=[{path: x, wieght: 2.0}]"],
+        ["'data.corpora.0.wieght'", "did you mean 'data.corpora.0.weight'?"],
+    ),
+    "unknown key hides what it misspells": (
+        ["model.rope_scaling={typ: linear, factor: 2.0}"],
+        ["'model.rope_scaling.typ'", "did you mean 'model.rope_scaling.type'?", "(and 1 more)"],
+    ),
+    "unknown key like no other": (
+        ["log.zzzzzz=1"],
+        ["unknown key 'log.zzzzzz'", "this section has: every, telemetry_every, tensorboard"],
+    ),
+    "empty key": (["=3"], ["unknown key ''", "this section has: run, model, data"]),
+    "missing in a list": (["data.corpora=[{weight: 2.0}]"], ["data.corpora.0.path is missing"]),
+    "null": (["run.dir=null"], ["run.dir=null", "valid string"]),
+    "text for a number": (["optim.lr=fast"], ['optim.lr="fast"', "valid number"]),
+    "quoted number": (["optim.lr='3e-4'"], ['optim.lr="3e-4"', "valid number"]),
+    "float for an integer": (["model.d_model=64.0"], ["model.d_model=64.0", "valid integer"]),
+    "number for a switch": (["model.bias=1"], ["model.bias=1", "valid boolean"]),
+    "number for text": (["run.dir=7"], ["run.dir=7", "valid string"]),
+    "number for a section": (["model=7"], ["model=7", "object"]),
+    "element of a list": (["data.corpora.0.path=x"], ["data.corpora=", "valid array"]),
+    "not one of the names": (["train.dtype=fp16"], ['train.dtype="fp16"', "'bf16' or 'fp32'"]),
+    "not one of the numbers": (["engine.zero_stage=4"], ["engine.zero_stage=4", "0, 1, 2 or 3"]),
+    "zero": (["model.num_layers=0"], ["model.num_layers=0", "greater than 0"]),
+    "negative": (["optim.weight_decay=-0.1"], ["optim.weight_decay=-0.1", "greater than or equal"]),
+    "infinite": (["optim.lr=.inf"], ["optim.lr=", "number"]),
+    "fraction above 1": (
+        ["transition.at.fraction=1.5"],
+        ["transition.at.fraction=1.5", "equal to 1"],
+    ),
+    "beta of 1": (["optim.betas=[0.9, 1.0]"], ["optim.betas.1=1.0", "less than 1"]),
+    "three betas": (["optim.betas=[0.9, 0.9, 0.9]"], ["optim.betas=", "at most 2 items"]),
+    "rope factor below 1": (
+        ["model.rope_scaling={type: linear, factor: 0.5}"],
+        ["model.rope_scaling.factor=0.5", "greater than or equal to 1"],
+    ),
+    "no corpus": (["data.corpora=[]"], ["data.corpora=[]", "at least 1 item"]),
+    "two units of a point": (
+        ["transition.at={step: 3, fraction: 0.5}"],
+        ["transition.at=", "exactly one of step, tokens, fraction"],
+    ),
+    "no unit of a span": (
+        ["transition.lr_rewarm={}"],
+        ["transition.lr_rewarm=", "exactly one of steps, tokens, fraction"],
+    ),
+    "two budgets": (
+        ["train={steps: 3, tokens: 5, global_batch_size: 8, micro_batch_size: 4}"],
+        ["train=", "exactly one of steps, tokens"],
+    ),
+    "no budget": (["train.steps=null"], ["train=", "exactly one of steps, tokens"]),
+    "not an override": (["train.steps"], ["'train.steps'", "section.key=value"]),
+    "not YAML": (["optim.betas=[1"], ["override 'optim.betas=[1'", "expected ',' or ']'"]),
+    "reference to nothing": (["run.dir=${nope}"], ["run.dir", "'nope' not found"]),
+}
+
+# --- Messages: impossible combinations ---
+
+COMBINATION_ERRORS = {
+    "heads do not divide the width": (
+        ["model.num_heads=5"],
+        ["model.d_model=32", "model.num_heads=5", "change one of them"],
+    ),
+    "odd head width": (["model.num_heads=32"], ["model.num_heads=32", "odd head size", "even"]),
+    "broken group": (
+        ["model.num_kv_heads=3"],
+        ["model.num_heads=4", "model.num_kv_heads=3", "whole groups"],
+    ),
+    "more kv heads than heads": (["model.num_kv_heads=8"], ["model.num_kv_heads=8"]),
+    "SubLN beside layernorm": (
+        ["model.norm=layernorm", "model.sub_norm=true"],
+        ["model.sub_norm=true", "model.norm='rmsnorm'"],
+    ),
+    "bf16 at stage 0": (
+        ["train.dtype=bf16", "engine.zero_stage=0"],
+        ["engine.zero_stage=0", "train.dtype='bf16'", "use engine.zero_stage=1"],
+    ),
+    "raw zero stage": (
+        ["engine.deepspeed.zero_optimization.stage=2"],
+        ["engine.deepspeed.zero_optimization.stage", "set engine.zero_stage instead"],
+    ),
+    "warm-up too long": (["optim.warmup.steps=101"], ["optim.warmup is 101 steps", "run of 100"]),
+    "warm-up and decay too long": (
+        ["optim.schedule=wsd", "optim.decay.fraction=0.95"],
+        ["optim.warmup (10 steps)", "optim.decay (95 steps)", "100 steps", "shorten one"],
+    ),
+    "stop beyond the end": (["train.stop_step=101"], ["train.stop_step=101", "run of 100 steps"]),
+    "transition at the end": (
+        ["transition.at.step=100"],
+        ["transition.at is step 100", "100 steps", "transition.at=null"],
+    ),
+    "length without a ramp": (
+        ["transition.ramp.over.steps=5"],
+        ["transition.ramp.over is 5 steps", "transition.ramp.shape='none'", "set over to 0"],
+    ),
+    "ramp without a length": (
+        ["transition.ramp.shape=paper"],
+        ["transition.ramp.shape='paper'", "transition.ramp.over > 0"],
+    ),
+    "activation ramp without a length": (
+        ["transition.activation_ramp.shape=linear"],
+        ["transition.activation_ramp.shape='linear'", "transition.activation_ramp.over > 0"],
+    ),
+    "ramp beyond the end": (
+        ["transition.ramp={shape: linear, over: {steps: 61}}"],
+        ["transition.ramp ends at step 101", "run's 100", "shorten it or start earlier"],
+    ),
+    "fused decay after a cosine": (
+        ["transition.lr=decay", "optim.schedule=cosine"],
+        ["transition.lr='decay'", "constant or wsd", "'cosine'"],
+    ),
+    "fused decay inside a decay": (
+        ["transition.lr=decay", "optim.schedule=wsd", "optim.decay.fraction=0.8"],
+        [
+            "transition.at is step 40",
+            "optim.decay already begins at step 20",
+            "shorten optim.decay",
+        ],
+    ),
+}
+
+
+def assert_tells(error: pytest.ExceptionInfo[ConfigError], fragments: list[str]) -> None:
+    message = str(error.value)
+    assert "\n" not in message
+    assert [text for text in fragments if text not in message] == [], message
+
+
+@pytest.mark.parametrize("case", [*KEY_ERRORS, *COMBINATION_ERRORS])
+def test_message(case: str, make_config: MakeConfig) -> None:
+    overrides, fragments = {**KEY_ERRORS, **COMBINATION_ERRORS}[case]
+    with pytest.raises(ConfigError) as error:
+        make_config(*overrides)
+    assert_tells(error, fragments)
+
+
+DERIVED_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_clipping": "optim.clip",
+    "bf16": "train.dtype",
+    "fp16": "train.dtype",
+    "data_types": "train.dtype",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+}
+
+
+@pytest.mark.parametrize("key", DERIVED_DEEPSPEED_KEYS)
+def test_raw_deepspeed_keys_cannot_contradict_ours(key: str, make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_config(f"engine.deepspeed.{key}=1")
+    derived_from = f"is derived from {DERIVED_DEEPSPEED_KEYS[key]}"
+    assert_tells(error, [f"engine.deepspeed.{key} {derived_from}", "set that instead"])
+
+
+def test_limits_are_inclusive(make_config: MakeConfig) -> None:
+    """The last values before each of the messages above."""
+    make_config("optim.warmup.steps=100")
+    make_config("optim.schedule=wsd", "optim.decay.steps=90")
+    make_config("train.stop_step=100")
+    make_config("transition.at.step=99")
+    make_config("transition.ramp={shape: linear, over: {steps: 60}}")
+    make_config("transition.lr=decay", "optim.schedule=wsd", "optim.decay.steps=60")
+    make_config("model.num_kv_heads=4")
+    make_config("model.num_heads=16", "model.num_kv_heads=1")
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "fragments"),
+    [
+        (8, 4, ["train.global_batch_size=8", "train.micro_batch_size=4", "world_size=4", "of 16,"]),
+        (20, 2, ["train.global_batch_size=20", "world_size=2", "16 or 24"]),
+        (8, 3, ["world_size=3", "of 12,", "another number of ranks"]),
+    ],
+)
+def test_world_size_must_divide_the_batch(
+    batch: int, ranks: int, fragments: list[str], make_config: MakeConfig
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_world_size(make_config(f"train.global_batch_size={batch}"), ranks)
+    assert_tells(error, fragments)
+
+
+def test_world_size_that_fits(make_config: MakeConfig) -> None:
+    for ranks in (1, 2, 4):
+        check_world_size(make_config("train.global_batch_size=16"), ranks)
+
+
+# --- Messages: files ---
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("", ["run is missing", "run=VALUE", "(and 4 more)"]),
+        ("- 1\n", ["expected sections"]),
+        ("3\n", ["not readable as YAML"]),
+        ("run:\n\tdir: x\n", ["not readable as YAML", "line 2"]),
+        ("run: {dir: a}\nrun: {dir: b}\n", ["not readable as YAML", "duplicate key run"]),
+        ("run: {dir: !!binary aGVsbG8=}\n", ["bytes"]),
+        ("modle: {d_model: 4}\n", ["unknown key 'modle'", "did you mean 'model'?"]),
+        ("base: nowhere.yaml\n", ["nowhere.yaml", "no such configuration file"]),
+        ("base: 3\n", ["base=3", "expected a file name"]),
+        ("base: [[a.yaml]]\n", ["base=", "expected a file name"]),
+        ("base: bad.yaml\n", ["bad.yaml", "goes round in a circle"]),
+        ("base: ../x/../x/bad.yaml\n", ["goes round in a circle"]),
+        ("base: middle.yaml\n", ["goes round in a circle"]),
+    ],
+)
+def test_bad_file(text: str, fragments: list[str], tmp_path: Path) -> None:
+    write(tmp_path / "x/middle.yaml", "base: [bad.yaml]\n")
+    path = write(tmp_path / "x/bad.yaml", text)
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert_tells(error, ["yaml", *fragments])
+
+
+def test_paths_that_are_no_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml: no such configuration file"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="is a directory; name a YAML file"):
+        load_config(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"run: {dir: caf\xe9}\n")
+    with pytest.raises(ConfigError, match=r"latin\.yaml: not readable as YAML"):
+        load_config(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize("tree", [None, [1], "text"])
+def test_a_stored_tree_must_have_sections(tree: object) -> None:
+    with pytest.raises(ConfigError, match=r"meta\.json: expected sections \(run, model, data"):
+        parse_config(tree, where="meta.json")
+
+
+# --- Composition ---
+
+
+def test_base_files_lie_below_in_order(tmp_path: Path, tiny_config_file: Path) -> None:
+    write(tmp_path / "sub/wide.yaml", "model: {d_model: 48, d_ff: 96}\n")
+    write(tmp_path / "long.yaml", f"base: {tiny_config_file}\ntrain: {{steps: 500}}\n")
+    path = write(
+        tmp_path / "sub/mine.yaml",
+        "base: [../long.yaml, wide.yaml]\nmodel: {d_ff: 80}\noptim: {lr: 1e-4}\n",
+    )
+    cfg = load_config(path, ["model.num_layers=3", "model.num_layers=4"])
+    assert (cfg.model.num_heads, cfg.train.steps) == (4, 500)  # from below
+    assert cfg.model.d_model == 48  # the second base over the first
+    assert (cfg.model.d_ff, cfg.optim.lr) == (80, 1e-4)  # the file over its bases
+    assert cfg.model.num_layers == 4  # the last override over all
+
+
+def test_lists_are_replaced_whole(make_config: MakeConfig) -> None:
+    cfg = make_config("data.corpora=[{path: a}, {path: b, weight: 2.0}]")
+    assert [(c.path, c.weight) for c in cfg.data.corpora] == [("a", 1.0), ("b", 2.0)]
+
+
+def test_a_unit_replaces_the_other_units_below(tmp_path: Path, make_config: MakeConfig) -> None:
+    assert make_config("transition.at.step=7").transition.at.model_dump(exclude_none=True) == {
+        "step": 7
+    }
+    cfg = make_config("train.tokens=1281", "optim.warmup.fraction=0.5")
+    assert (cfg.train.steps, cfg.train.tokens) == (None, 1281)
+    assert (cfg.optim.warmup.steps, cfg.optim.warmup.fraction) == (None, 0.5)
+    assert make_config("transition.at=null").transition.at is None
+    assert make_config("transition.at={tokens: 0}").transition.at.tokens == 0
+    assert make_config("train.stop_step=5").train.steps == 100  # not a unit
+
+
+def test_references_are_resolved_after_merging(tmp_path: Path, tiny_config_file: Path) -> None:
+    path = write(
+        tmp_path / "refers.yaml",
+        f"base: {tiny_config_file}\n"
+        "run: {dir: 'runs/lr-${optim.lr}'}\nlog: {every: '${train.steps}'}\n",
+    )
+    assert load_config(path).log.every == 100
+    assert load_config(path, ["optim.lr=0.5"]).run.dir == "runs/lr-0.5"
+
+
+@pytest.mark.parametrize("text", ["3e-4", "3E-4", "0.0003", "3.0e-4", ".3e-3"])
+def test_exponents_are_numbers(text: str, make_config: MakeConfig) -> None:
+    """Plain YAML 1.1 reads 3e-4 as text."""
+    assert make_config(f"optim.lr={text}").optim.lr == 3e-4
+
+
+@pytest.mark.parametrize("text", ["off", "'off'"])
+def test_bare_off_is_a_policy(text: str, make_config: MakeConfig) -> None:
+    """YAML 1.1 reads it as false."""
+    cfg = make_config(f"transition.weight_decay={text}")
+    assert cfg.transition.weight_decay == "off"
+    assert to_tree(cfg)["transition"]["weight_decay"] == "off"
+
+
+def test_configuration_is_frozen(make_config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        make_config().train.steps = 3
+
+
+# --- Resolved form and hash ---
+
+FULL = (
+    "transition.ramp={shape: paper, over: {tokens: 999}}",
+    "transition.activation_ramp={shape: linear, over: {steps: 3}}",
+    "model.rope_scaling={type: llama3, factor: 8.0}",
+    "engine.deepspeed={zero_optimization: {overlap_comm: true}, a: null, b: 1e-8}",
+    "train.tokens=20000",
+    "optim.horizon.steps=739328",
+    "optim.eps=1e-12",
+)
+
+
+def read_back(cfg: Config, folder: Path) -> Config:
+    return load_config(write(folder / "resolved.yaml", to_yaml(cfg)))
+
+
+def test_resolved_yaml_reads_back_to_an_equal_config(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    for cfg in (make_config(), make_config(*FULL), make_config("transition.at=null")):
+        assert read_back(cfg, tmp_path) == cfg
+        assert parse_config(to_tree(cfg), where="tree") == cfg
+        assert json.loads(json.dumps(to_tree(cfg))) == to_tree(cfg)
+
+
+@settings(max_examples=40, deadline=None)
+@given(text=st.text(alphabet=st.characters(exclude_characters="${", exclude_categories=["Cs"])))
+def test_any_text_reads_back(
+    text: str, make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tree = {**to_tree(make_config()), "run": {"dir": text}}
+    cfg = parse_config(tree, where="tree")
+    assert read_back(cfg, tmp_path_factory.getbasetemp()) == cfg
+
+
+@pytest.mark.parametrize("text", ["1e3", "-1.5E+7", "1_0e2", ".5e-3", "null", "true", "0x1F", ""])
+def test_text_that_looks_like_a_number_reads_back(
+    text: str, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    cfg = parse_config({**to_tree(make_config()), "run": {"dir": text}}, where="tree")
+    assert read_back(cfg, tmp_path).run.dir == text
+
+
+@settings(max_examples=40, deadline=None)
+@given(value=st.floats(min_value=0, exclude_min=True, allow_infinity=False))
+def test_any_number_reads_back(
+    value: float, make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tree = to_tree(make_config())
+    cfg = parse_config({**tree, "optim": {**tree["optim"], "lr": value}}, where="tree")
+    assert read_back(cfg, tmp_path_factory.getbasetemp()).optim.lr == value
+
+
+def changed(value: Any, key: str) -> Any:
+    """Another valid value for the leaf `key` of the full tree."""
+    special = {
+        "model.num_heads": 8,
+        "model.num_kv_heads": 1,
+        "model.norm_affine": False,
+        "model.mlp": "relu2",
+        "model.head_bits": 8,
+        "model.rope_scaling.type": "linear",
+        "quant.weight_scale": "absmedian",
+        "quant.activation_bits": 16,
+        "train.dtype": "bf16",
+        "train.global_batch_size": 12,
+        "train.steps": 101,
+        "train.stop_step": 51,
+        "optim.schedule": "linear",
+        "transition.ramp.shape": "cosine",
+        "transition.activation_ramp.shape": "paper",
+        "transition.optimizer_state": "reset",
+        "transition.lr": "rewarm",
+        "transition.weight_decay": "off",
+        "engine.device": "cpu",
+        "engine.zero_stage": 2,
+        "model.d_model": 64,
+        "model.norm": "layernorm",
+    }
+    if key in special:
+        return special[key]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value * 0.9
+    return "x" if value is None else value + "x"
+
+
+def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    for key, value in items:
+        if isinstance(value, dict | list):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def replaced(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
+    copy = json.loads(json.dumps(tree))
+    node = copy
+    for part in path[:-1]:
+        node = node[part]
+    node[path[-1]] = value
+    return copy
+
+
+def test_hash_changes_with_every_key_that_can_change_results(make_config: MakeConfig) -> None:
+    """And with no other: where a run is written, how often it logs and saves, where it pauses."""
+    tree = to_tree(make_config(*FULL[:4], "train.stop_step=50"))
+    before = config_hash(parse_config(tree, where="tree"))
+    ignored, seen = set(), 0
+    for path, value in leaves(tree):
+        key = ".".join(map(str, path))
+        if key == "quant.kernel":
+            continue  # has one value so far
+        after = parse_config(replaced(tree, path, changed(value, key)), where=key)
+        seen += 1
+        if config_hash(after) == before:
+            ignored.add(key)
+    assert seen > 60
+    assert {key for key in ignored if key.split(".")[0] not in ("run", "log", "checkpoint")} == {
+        "train.stop_step"
+    }
+    assert {key.split(".")[0] for key in ignored} == {"run", "log", "checkpoint", "train"}
+    free = [p for p, _ in leaves(tree) if p[0] in ("run", "log", "checkpoint")]
+    assert len(ignored) == len(free) + 1
+
+
+# --- Derived values ---
+
+
+def test_budget_in_tokens_is_rounded_up_to_steps(make_config: MakeConfig) -> None:
+    assert tokens_per_step(make_config()) == 8 * 16
+    assert num_steps(make_config("train.tokens=12800")) == 100
+    assert num_steps(make_config("train.tokens=12801")) == 101
+    assert num_steps(make_config()) == 100
+
+
+def test_points_and_spans_agree_in_every_unit(make_config: MakeConfig) -> None:
+    for at in ("step=40", "tokens=5120", "fraction=0.4"):
+        assert transition_step(make_config(f"transition.at.{at}")) == 40
+    for warmup in ("steps=40", "tokens=5120", "fraction=0.4"):
+        cfg = make_config(f"optim.warmup.{warmup}")
+        assert span_steps(cfg.optim.warmup, cfg) == 40
+    cfg = make_config()
+    assert point_step(cfg.transition.weight_decay_off_at, cfg) == 67  # 2/3, rounded
+    assert transition_step(make_config("transition.at=null")) is None
+
+
+def test_session_end_and_kv_heads(make_config: MakeConfig) -> None:
+    assert stop_step(make_config()) == 100
+    assert stop_step(make_config("train.stop_step=30")) == 30
+    assert num_kv_heads(make_config()) == 2
+    assert num_kv_heads(make_config("model.num_kv_heads=null")) == 4
+
+
+# --- Committed files ---
+
+
+STATED = re.compile(r"^# parameters: ([\d.]+)([KMBT])(?: with the vocabulary of ([\d,]+))?$", re.M)
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda p: p.stem)
+def test_committed_configuration(
+    path: Path, count_parameters: Callable[[ModelConfig, int], int]
+) -> None:
+    cfg = load_config(path)
+    if (stated := STATED.search(path.read_text(encoding="utf-8"))) is None:
+        return
+    figure, unit, vocabulary = stated.groups()
+    vocab_size = int(vocabulary.replace(",", "")) if vocabulary else cfg.model.vocab_size
+    assert vocab_size is not None, "state the vocabulary behind the number of parameters"
+    count = (
+        count_parameters(cfg.model, vocab_size) / {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[unit]
+    )
+    assert f"{count:.{len(figure.partition('.')[2])}f}" == figure
+
+
+def test_every_size_states_its_parameters() -> None:
+    stating = {path.stem for path in CONFIG_FILES if STATED.search(path.read_text())}
+    assert stating >= {"debug", "tiny-1m", "small-10m", "125m", "350m", "olmo-1b", "3b", "7b"}
+    assert stating >= {"13b", "70b"}
+
+
+def test_reference_of_keys_is_up_to_date() -> None:
+    tool = runpy.run_path(str(ROOT / "tools/document_config.py"))
+    committed = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    assert committed == tool["render"](), "run python tools/document_config.py"
+
+
+def test_every_key_has_a_meaning() -> None:
+    tool = runpy.run_path(str(ROOT / "tools/document_config.py"))
+    for model in ["Config", *Config.model_json_schema()["$defs"]]:
+        assert [key for key, text in tool["meanings"](model).items() if not text] == [], model
