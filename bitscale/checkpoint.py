@@ -18,7 +18,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -69,24 +69,35 @@ def save(
     """
     final = root / f"step-{meta.step:08d}"
     staging = root / f".{final.name}.partial"
-    if mesh.is_main:
-        root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-    mesh.barrier()
+    _on_main(mesh, final, lambda: _make_empty(staging))
     name = f"state-{mesh.rank:05d}-of-{mesh.world_size:05d}.safetensors"
     shards = mesh.gather_objects(_write_shard(staging / name, fragments, rng_state))
-    failures = [shard.error for shard in shards if shard.error]
-    if failures:
-        raise CheckpointError(
-            f"{final}: not saved, {failures[0]}; the previous checkpoint remains in force"
-        )
-    if mesh.is_main:
-        adam_steps = {name: step for shard in shards for name, step in shard.adam_steps.items()}
-        files = {shard.name: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
-        _publish(staging, final, replace(meta, adam_steps=adam_steps, files=files))
-    mesh.barrier()
+    _refuse(final, [shard.error for shard in shards])
+    adam_steps = {name: step for shard in shards for name, step in shard.adam_steps.items()}
+    files = {shard.name: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
+    whole = replace(meta, adam_steps=adam_steps, files=files)
+    _on_main(mesh, final, lambda: _publish(staging, final, whole))
     return final
+
+
+def _on_main(mesh: Mesh, final: Path, action: Callable[[], None]) -> None:
+    """Rank 0 acts, all wait; what the file system refuses it is an error on every rank, since
+    the others would wait for ever for a rank that has gone."""
+    error = ""
+    if mesh.is_main:
+        try:
+            action()
+        except OSError as refusal:
+            error = str(refusal)
+    _refuse(final, mesh.gather_objects(error))
+
+
+def _refuse(final: Path, errors: list[str]) -> None:
+    for error in filter(None, errors):
+        raise CheckpointError(
+            f"{final}: not saved, {error}; the previous checkpoint remains in force: make room, "
+            "or make the directory writable, and resume from it"
+        )
 
 
 def prune(root: Path, keep_last: int, keep_every: int) -> None:
@@ -97,8 +108,9 @@ def prune(root: Path, keep_last: int, keep_every: int) -> None:
             doomed = root / f".{path.name}.deleted"
             path.rename(doomed)
             shutil.rmtree(doomed)
-    for leftover in root.glob(".step-*.deleted"):
-        shutil.rmtree(leftover)
+    for kind in ("deleted", "partial"):  # what a kill during prune or save has left
+        for leftover in root.glob(f".step-*.{kind}"):
+            shutil.rmtree(leftover)
 
 
 def rewind(root: Path, checkpoint: Path) -> list[Path]:
@@ -213,8 +225,18 @@ class Reader:
         name = f"state-{rank:05d}-of-{self.meta.world_size:05d}.safetensors"
         return self._handles[name].get_tensor("rng_state") if name in self._handles else None
 
-    def restore(self, fragments: Iterable[Fragment]) -> None:
-        """Fill this rank's fragments in place."""
+    def restore(self, fragments: Iterable[Fragment], shapes: Mapping[str, Sequence[int]]) -> None:
+        """Fill this rank's fragments of a model with these parameter `shapes`, in place.
+
+        Raises CheckpointError if the checkpoint's parameters are others.
+        """
+        for name in sorted(shapes.keys() | self.meta.shapes.keys()):
+            ours, theirs = shapes.get(name), self.meta.shapes.get(name)
+            if ours is None or theirs is None or list(ours) != list(theirs):
+                raise CheckpointError(
+                    f"{self.path}: {name} has shape {_shown(theirs)} there and {_shown(ours)} "
+                    "here; the checkpoint is of another model: use its model section"
+                )
         for fragment in fragments:
             for kind, view in zip(_KINDS, _views(fragment), strict=True):
                 view.copy_(self.read(fragment.name, kind, fragment.start, fragment.numel))
@@ -244,6 +266,10 @@ class Reader:
                 parameter, kind, start = key.split("|")
                 numel = handle.get_slice(key).get_shape()[0]  # type: ignore[no-untyped-call]
                 self._index.setdefault((parameter, kind), []).append((int(start), numel, name, key))
+
+
+def _shown(shape: Sequence[int] | None) -> str:
+    return "none" if shape is None else str(list(shape))
 
 
 @dataclass(frozen=True)
@@ -282,6 +308,11 @@ def _views(fragment: Fragment) -> tuple[Tensor, Tensor, Tensor]:
 def _key(name: str, kind: str, start: int) -> str:
     """`layers.0.attn.q.weight|exp_avg|4096`: parameter, kind, first flat element."""
     return f"{name}|{kind}|{start}"
+
+
+def _make_empty(staging: Path) -> None:
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
 
 
 def _publish(staging: Path, final: Path, meta: Meta) -> None:

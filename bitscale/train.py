@@ -203,7 +203,7 @@ def _set_up(
 
 
 def _restore(engine: TrainEngine, mesh: Mesh, reader: checkpoint.Reader) -> None:
-    reader.restore(engine.fragments())
+    reader.restore(engine.fragments(), engine.parameter_shapes())
     engine.publish_masters()
     rng_state = reader.rng_state(mesh.rank)
     if rng_state is not None:

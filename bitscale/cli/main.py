@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (prepare, train, evaluate, export, report, config):
         command.add_parser(subparsers)
     args, rest = parser.parse_known_args(argv)
-    if rest and (not hasattr(args, "overrides") or any(t[0] == "-" or "=" not in t for t in rest)):
+    if rest and (
+        not hasattr(args, "overrides") or any(t.startswith("-") or "=" not in t for t in rest)
+    ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest  # argparse stops collecting them at the first option

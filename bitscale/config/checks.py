@@ -29,6 +29,8 @@ def check(cfg: Config) -> None:
 
 def check_world_size(cfg: Config, world_size: int) -> None:
     """Raise ConfigError if the global batch cannot be split evenly over `world_size` ranks."""
+    if world_size < 1:
+        raise ConfigError(f"world_size={world_size} is not a number of ranks; use 1 or more")
     micro, whole = cfg.train.micro_batch_size, cfg.train.global_batch_size
     if whole % (micro * world_size):
         unit = micro * world_size

@@ -36,22 +36,23 @@ class Fragment:
         return self.master.numel()
 
 
-def create_adam_state(optimizer: torch.optim.Optimizer) -> None:
+def create_adam_state(wrapper: Any, optimizer: torch.optim.Optimizer, stage: int) -> None:
     """Give every optimizer tensor zero moments and step 0.
 
-    torch creates this state in the first step; DeepSpeed's BF16_Optimizer and stage 3 create it
-    at start-up by a step on zero gradients, which leaves the step count at 1 and so the bias
-    correction of the first updates wrong.
+    torch creates this state in the first step, too late for a checkpoint to be restored into it;
+    DeepSpeed's BF16_Optimizer creates it at start-up by a step on zero gradients, which leaves
+    the step count at 1 and so the bias correction of the first updates wrong.
     """
-    for group in optimizer.param_groups:
-        for tensor in group["params"]:
-            if tensor not in optimizer.state or not optimizer.state[tensor]:
-                device = tensor.device if group.get("fused") else None
-                optimizer.state[tensor] = {
-                    "step": torch.tensor(0.0, dtype=torch.float32, device=device),
-                    "exp_avg": torch.zeros_like(tensor),
-                    "exp_avg_sq": torch.zeros_like(tensor),
-                }
+    # Stage 3 lends the optimizer one tensor at a time; between steps its groups are empty.
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    for tensor in wrapper.fp32_partitioned_groups_flat if stage == 3 else tensors:
+        if not optimizer.state[tensor]:
+            device = tensor.device if optimizer.defaults["fused"] else None
+            optimizer.state[tensor] = {
+                "step": torch.tensor(0.0, dtype=torch.float32, device=device),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
     for state in optimizer.state.values():
         state["step"].zero_()
         for moment in MOMENTS:

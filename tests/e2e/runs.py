@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from bitscale.cli.main import main
 
 NUM_STEPS = 40
-TRANSITION_STEP = 14  # λ ramps over steps 14 to 25 and is 1 from step 26 on
+TRANSITION_STEP = 16  # λ ramps over steps 16 to 27 and is 1 from step 28 on
 EVAL_EVERY = 8
 # Two sequences a micro-batch: one rank accumulates over two, two ranks take one each.
 CONFIG = f"""\
@@ -45,6 +45,7 @@ engine: {{num_threads: 1}}
 checkpoint: {{every: 5}}
 log: {{every: 1, telemetry_every: 5, tensorboard: false}}
 """
+KEEP_ALL = "checkpoint.keep_every=5"  # every checkpoint of CONFIG's run
 _SOURCES = (argparse, dataclasses, subprocess, tarfile, typing)
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
@@ -77,16 +78,8 @@ def train_command(launcher: str, *arguments: object) -> list[str]:
         case "torchrun":  # --standalone: on a free port
             return ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", module, *rest]
         case "deepspeed":
-            port = ["--master_port", str(free_port())]
-            return [
-                "deepspeed",
-                "--num_gpus",
-                "2",
-                *port,
-                "--no_local_rank",
-                "--module",
-                module,
-            ] + rest
+            options = ["--num_gpus", "2", "--no_local_rank", "--master_port", str(free_port())]
+            return ["deepspeed", *options, "--module", module, *rest]
     raise AssertionError(launcher)
 
 
@@ -206,7 +199,8 @@ def _checkpoint_differences(reference: Path, checkpoint: Path) -> list[str]:
 
 
 def _meta(checkpoint: Path) -> dict[str, Any]:
-    """meta.json without the run's directory, the one thing in which copies of a run differ."""
+    """meta.json without the keys in which copies of a run may differ."""
     meta: dict[str, Any] = json.loads((checkpoint / "meta.json").read_text())
-    del meta["config"]["run"]
+    del meta["config"]["run"], meta["config"]["log"]
+    meta["config"]["train"].pop("stop_step", None)
     return meta

@@ -6,24 +6,18 @@ from pathlib import Path
 
 import pytest
 from kill_points import Aim, run_with_kills
-from runs import (
-    checkpoint_dirs,
-    differences,
-    events,
-    metrics,
-    train_command,
-)
+from runs import KEEP_ALL, checkpoint_dirs, differences, events, metrics, train_command
 
 pytestmark = pytest.mark.e2e
 
 
 def test_killed_on_one_rank(config_file: Path, finished_run: Path, tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    arguments = (f"run.dir={run_dir}", "checkpoint.keep_every=5", "--resume", "auto")
+    arguments = (f"run.dir={run_dir}", KEEP_ALL, "--resume", "auto")
     aims = [
         Aim("step", 2, 0.0),  # before the first checkpoint: starts over
         Aim("save", 9, 0.004),
-        Aim("step", 17, 0.01),
+        Aim("step", 18, 0.01),
         Aim("publication", 23, 0.0),
         Aim("evaluation", 31, 0.001),
     ]
@@ -37,7 +31,7 @@ def test_killed_on_one_rank(config_file: Path, finished_run: Path, tmp_path: Pat
 
 def test_killed_on_two_ranks(config_file: Path, finished_run_2_ranks: Path, tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    arguments = (f"run.dir={run_dir}", "checkpoint.keep_every=5", "--resume", "auto")
+    arguments = (f"run.dir={run_dir}", KEEP_ALL, "engine.zero_stage=3", "--resume", "auto")
     aims = [Aim("save", 9, 0.004), Aim("step", 20, 0.01, one_rank=True)]
     points = run_with_kills(train_command("torchrun", config_file, *arguments), run_dir, log, aims)
     print(points)

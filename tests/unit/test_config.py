@@ -233,6 +233,7 @@ def test_limits_are_inclusive(make_config: MakeConfig) -> None:
         (8, 4, ["train.global_batch_size=8", "train.micro_batch_size=4", "world_size=4", "of 16,"]),
         (20, 2, ["train.global_batch_size=20", "world_size=2", "16 or 24"]),
         (8, 3, ["world_size=3", "of 12,", "another number of ranks"]),
+        (8, 0, ["world_size=0", "use 1 or more"]),
     ],
 )
 def test_world_size_must_divide_the_batch(
