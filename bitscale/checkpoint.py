@@ -175,7 +175,9 @@ def read_meta(path: Path) -> Meta:
             )
         return Meta(**tree)
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: missing; the checkpoint is incomplete") from None
+        raise CheckpointError(
+            f"{file}: missing; the checkpoint is incomplete: use another checkpoint"
+        ) from None
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: damaged ({error}); use another checkpoint") from error
 
@@ -245,7 +247,9 @@ class Reader:
     def _open(self, name: str) -> None:
         path, expected = self.path / name, self.meta.files[name]
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing, though meta.json lists it")
+            raise CheckpointError(
+                f"{path}: missing, though meta.json lists it; use another checkpoint"
+            )
         if path.stat().st_size != expected["bytes"]:
             raise CheckpointError(
                 f"{path}: {path.stat().st_size} bytes instead of {expected['bytes']}; truncated "
@@ -259,7 +263,9 @@ class Reader:
         try:
             handle = safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
+            raise CheckpointError(
+                f"{path}: not a safetensors file ({error}); use another checkpoint"
+            ) from error
         self._handles[name] = handle
         for key in handle.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
             if "|" in key:

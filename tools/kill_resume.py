@@ -186,8 +186,8 @@ def _report(rounds: list[Round], minutes: float, seed: int) -> str:
         f"python tools/kill_resume.py {' '.join(sys.argv[1:])}".rstrip(),
         "```",
         "",
-        f"The aims come from seed {seed}; where they hit depends on the machine's load. CI runs seven",
-        "kills by the same code (`tests/e2e/test_kill_and_resume.py`).",
+        f"The aims come from seed {seed}; where they hit depends on the machine's load. CI runs",
+        "seven by the same code (`tests/e2e/test_kill_and_resume.py`).",
     ]
     return "\n".join(lines) + "\n"
 

@@ -11,6 +11,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+# Token counts are written as 4e9 too; a whole number stays a whole number.
+_whole = BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)
+PositiveTokens = Annotated[PositiveInt, _whole]
+NonNegativeTokens = Annotated[NonNegativeInt, _whole]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -27,7 +31,7 @@ class Point(Section):
     """A moment of the run, given in exactly one unit."""
 
     step: NonNegativeInt | None = None  # 0-based optimizer step
-    tokens: NonNegativeInt | None = None  # tokens seen, rounded to the nearest step
+    tokens: NonNegativeTokens | None = None  # tokens seen, rounded to the nearest step
     fraction: Fraction | None = None  # of all steps
 
     @model_validator(mode="after")
@@ -41,7 +45,7 @@ class Span(Section):
     """A length of the run, given in exactly one unit."""
 
     steps: NonNegativeInt | None = None  # optimizer steps
-    tokens: NonNegativeInt | None = None  # tokens, rounded to the nearest step
+    tokens: NonNegativeTokens | None = None  # tokens, rounded to the nearest step
     fraction: Fraction | None = None  # of all steps
 
     @model_validator(mode="after")
@@ -160,7 +164,7 @@ class TransitionConfig(Section):
 
 class TrainConfig(Section):
     steps: PositiveInt | None = None  # exactly one of steps, tokens
-    tokens: PositiveInt | None = None  # rounded up to whole steps
+    tokens: PositiveTokens | None = None  # rounded up to whole steps
     stop_step: PositiveInt | None = None  # end this session early, schedules unchanged
     global_batch_size: PositiveInt  # sequences per optimizer step
     micro_batch_size: PositiveInt  # sequences per forward pass and rank

@@ -554,3 +554,11 @@ def test_every_key_has_a_meaning() -> None:
     tool = runpy.run_path(str(ROOT / "tools/document_config.py"))
     for model in ["Config", *Config.model_json_schema()["$defs"]]:
         assert [key for key, text in tool["meanings"](model).items() if not text] == [], model
+
+
+def test_token_counts_may_be_written_as_powers_of_ten(make_config: MakeConfig) -> None:
+    cfg = make_config("train.tokens=1e6", "transition.at.tokens=2.5e5")
+    assert cfg.train.tokens == 1_000_000 and isinstance(cfg.train.tokens, int)
+    assert cfg.transition.at is not None and cfg.transition.at.tokens == 250_000
+    with pytest.raises(ConfigError, match=r"train\.tokens=1000\.5: "):
+        make_config("train.tokens=1000.5")
