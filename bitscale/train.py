@@ -149,7 +149,7 @@ def _loop(session: _Session, start: int, stop_request: StopRequest) -> Outcome:
             return Outcome(done, preempted=True, valid=valid)
     if start >= last:
         session.say(f"nothing to do: the checkpoint is at step {start:,} of {last:,}")
-    elif last == num_steps(cfg):
+    if last == num_steps(cfg):  # again, if the session that got here was killed before this line
         session.recorder.event(last, session.batches.tokens_seen(last), "finished")
     return Outcome(max(start, last), preempted=False, valid=valid)
 
@@ -216,6 +216,8 @@ def _rewind(cfg: Config, reader: checkpoint.Reader | None) -> None:
         return
     for path in checkpoint.rewind(root, root / reader.path.name):
         print(f"kept aside, as this run continues from an earlier step: superseded-{path.name}")
+    # What a session killed between a save and its pruning has left.
+    checkpoint.prune(root, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
 
 
 def _announce(session: _Session, reader: checkpoint.Reader | None, differences: list[str]) -> None:

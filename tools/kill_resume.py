@@ -24,175 +24,23 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "e2e"))
 
-from kill_points import MOMENTS, KillPoint, random_aims, run_with_kills
-from runs import differences, prepare_corpus, python_text, train, train_command, write_config
+from kill_points import MOMENTS, KillPoint, Process, random_aims, run_with_kills
+from preloaded import Session, preload
+from runs import (
+    differences,
+    prepare_corpus,
+    python_text,
+    start,
+    train,
+    train_command,
+    write_config,
+)
 
 from bitscale.run import versions
 
 PHASES = ("16 bit", "ramp", "ternary")
-
-
-class Setting(NamedTuple):
-    launcher: str
-    zero_stage: int
-    dtype: str
-
-    @property
-    def name(self) -> str:
-        ranks = "1 rank" if self.launcher == "plain" else f"2 ranks ({self.launcher})"
-        return f"{ranks}, ZeRO-{self.zero_stage}, {self.dtype}"
-
-    @property
-    def overrides(self) -> list[str]:
-        return [f"engine.zero_stage={self.zero_stage}", f"train.dtype={self.dtype}"]
-
-
-class Round(NamedTuple):
-    setting: Setting
-    points: list[KillPoint]
-    differences: list[str]
-
-
-SETTINGS = (
-    Setting("plain", 1, "bf16"),
-    Setting("torchrun", 1, "bf16"),
-    Setting("plain", 3, "bf16"),
-    Setting("torchrun", 3, "bf16"),
-    Setting("plain", 0, "fp32"),
-    Setting("torchrun", 0, "fp32"),
-    Setting("plain", 2, "bf16"),
-    Setting("torchrun", 2, "bf16"),
-)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=12.0, help="begin no round after that")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--kills", type=int, default=6, help="kills aimed at each run")
-    parser.add_argument("--out", type=Path, help="also write the result there, as Markdown")
-    args = parser.parse_args()
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kill-resume-") as folder:
-        rounds = _rounds(Path(folder), args.seed, args.kills, begin + 60 * args.minutes)
-    minutes = (time.monotonic() - begin) / 60
-    report = _report(rounds, minutes, args.seed)
-    print(report)
-    if args.out:
-        args.out.write_text(report, encoding="utf-8")
-    return 1 if any(done.differences for done in rounds) else 0
-
-
-def _rounds(folder: Path, seed: int, num_kills: int, deadline: float) -> list[Round]:
-    rng = random.Random(seed)
-    corpus = prepare_corpus(python_text(), folder / "corpus")
-    config = write_config(folder / "run.yaml", corpus)
-    references: dict[Setting, tuple[Path, float]] = {}
-    rounds = []
-    for number, setting in enumerate(itertools.cycle(SETTINGS)):
-        if time.monotonic() > deadline:
-            return rounds
-        if setting not in references:
-            reference = folder / f"reference-{number}"
-            begin = time.monotonic()
-            train(setting.launcher, config, f"run.dir={reference}", *setting.overrides)
-            references[setting] = reference, time.monotonic() - begin
-        reference, startup_seconds = references[setting]
-        run_dir = folder / f"run-{number}"
-        command = train_command(
-            setting.launcher, config, f"run.dir={run_dir}", *setting.overrides, "--resume", "auto"
-        )
-        aims = random_aims(rng, num_kills, startup_seconds, several_ranks=_several(setting))
-        points = run_with_kills(command, run_dir, folder / f"log-{number}", aims)
-        rounds.append(Round(setting, points, differences(reference, run_dir)))
-        shutil.rmtree(run_dir)
-        print(_line(number, rounds[-1]), flush=True)
-    raise AssertionError
-
-
-def _several(setting: Setting) -> bool:
-    return setting.launcher != "plain"
-
-
-def _line(number: int, done: Round) -> str:
-    hits = ", ".join(f"{p.moment} {p.step}" for p in done.points)
-    verdict = "; ".join(done.differences[:3]) or "bitwise equal"
-    return f"round {number}: {done.setting.name}: killed at {hits}: {verdict}"
-
-
-def _report(rounds: list[Round], minutes: float, seed: int) -> str:
-    points = [point for done in rounds for point in done.points]
-    unequal = [done for done in rounds if done.differences]
-    verdict = (
-        f"all {len(rounds)} runs ended bitwise equal to the uninterrupted ones"
-        if not unequal
-        else f"**{len(unequal)} of {len(rounds)} runs ended different**"
-    )
-    lines = [
-        "# Kill and resume",
-        "",
-        f"{len(points)} SIGKILLs in {len(rounds)} runs: {verdict}.",
-        "",
-        "Compared: every field of every `train` and `valid` line of metrics.jsonl, zeros and scale",
-        "of every ternary layer, and all tensors (fp32 masters, Adam moments, RNG state) and",
-        "metadata of the last two checkpoints. Each run has 40 steps: 16 bit until step 16, ramp",
-        "until 27, then ternary; a checkpoint every 5, an evaluation every 8. A killed run is",
-        "started again with `--resume auto` until it finishes. Where a kill hit is judged from the",
-        "files that it left, not from where it was aimed.",
-        "",
-        "## Where the kills hit",
-        "",
-        f"| moment | {' | '.join(PHASES)} | all |",
-        f"|---|{'---:|' * (len(PHASES) + 1)}",
-    ]
-    count = Counter((point.moment, point.phase) for point in points)
-    for moment in MOMENTS:
-        row = [count[moment, phase] for phase in PHASES]
-        cells = ["" if moment == "start-up" else str(number) for number in row]
-        total = sum(count[moment, phase] for phase in ("", *PHASES))
-        lines.append(f"| {_DESCRIPTIONS[moment]} | {' | '.join(cells)} | {total} |")
-    sums = [sum(point.phase == phase for point in points) for phase in PHASES]
-    lines.append(f"| all | {' | '.join(map(str, sums))} | {len(points)} |")
-    num_single = sum(point.one_rank for point in points)
-    lines += [
-        "",
-        f"In {num_single} of them one rank of two was killed, the launcher ended the other.",
-    ]
-    lines += [
-        "",
-        "## Settings",
-        "",
-        "| setting | runs | kills | bitwise equal |",
-        "|---|---:|---:|---|",
-    ]
-    for setting in SETTINGS:
-        mine = [done for done in rounds if done.setting == setting]
-        num_kills = sum(len(done.points) for done in mine)
-        equal = sum(not done.differences for done in mine)
-        lines.append(f"| {setting.name} | {len(mine)} | {num_kills} | {equal} of {len(mine)} |")
-    for done in unequal:
-        lines += ["", f"Different in {done.setting.name}:", ""]
-        lines += [f"- {difference}" for difference in done.differences[:10]]
-    found = ", ".join(f"{name} {version}" for name, version in versions().items())
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    lines += [
-        "",
-        "## Provenance",
-        "",
-        f"{today}, {os.cpu_count()} CPU cores ({platform.machine()}), gloo, one thread a rank;",
-        f"{found}. {minutes:.0f} minutes by",
-        "",
-        "```",
-        f"python tools/kill_resume.py {' '.join(sys.argv[1:])}".rstrip(),
-        "```",
-        "",
-        f"The aims come from seed {seed}; where they hit depends on the machine's load. CI runs",
-        "seven by the same code (`tests/e2e/test_kill_and_resume.py`).",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-_DESCRIPTIONS = {
+FORKED_STARTUP_SECONDS = 0.5
+MOMENT_NAMES = {
     "start-up": "start-up, up to the first step",
     "step": "in or between steps",
     "evaluation": "in an evaluation",
@@ -200,6 +48,197 @@ _DESCRIPTIONS = {
     "publication": "after its rename, before `latest` names it",
     "pruning": "while an old checkpoint is deleted",
 }
+INTRODUCTION = """\
+Compared: every field of every `train` and `valid` line of metrics.jsonl, zeros and scale of every
+ternary layer, and all tensors (fp32 masters, Adam moments, RNG state) and metadata of the last two
+checkpoints. Each run has 40 steps: 16 bit until step 16, the λ ramp until 27, then ternary; a
+checkpoint every 5, an evaluation every 8. A killed run is started again with `--resume auto`, and
+killed again, until it finishes.
+
+## Where the kills hit
+
+Judged from the files that each kill left, not from where it was aimed.
+"""
+SETTINGS_INTRODUCTION = """\
+## Settings
+
+Whole processes are started as a user does (`bitscale train`, `torchrun`), which takes 5 s a rank on
+an idle machine; forked ones begin after the imports (`tests/e2e/preloaded.py`).
+"""
+
+
+class Setting(NamedTuple):
+    num_ranks: int
+    zero_stage: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.num_ranks} rank(s), ZeRO-{self.zero_stage}, {self.dtype}"
+
+    @property
+    def launcher(self) -> str:
+        return "plain" if self.num_ranks == 1 else "torchrun"
+
+    @property
+    def overrides(self) -> list[str]:
+        return [f"engine.zero_stage={self.zero_stage}", f"train.dtype={self.dtype}"]
+
+
+SETTINGS = tuple(
+    Setting(num_ranks, stage, dtype)
+    for stage, dtype in ((1, "bf16"), (3, "bf16"), (0, "fp32"), (2, "bf16"))
+    for num_ranks in (1, 2)
+)
+
+
+class Round(NamedTuple):
+    setting: Setting
+    forked: bool
+    points: list[KillPoint]
+    differences: list[str]
+
+
+class Reference(NamedTuple):
+    run_dir: Path
+    wall_seconds: float
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="kill, resume, compare")
+    parser.add_argument("--minutes", type=float, default=12.0, help="no round begins later")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=6, help="kills aimed at each run")
+    parser.add_argument("--out", type=Path, help="also write the result there, as Markdown")
+    args = parser.parse_args()
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="kill-resume-") as folder:
+        rounds = _rounds(Path(folder), args.seed, args.kills, 60 * args.minutes)
+    report = _report(rounds, (time.monotonic() - begin) / 60)
+    print(report)
+    if args.out:
+        args.out.write_text(report, encoding="utf-8")
+    return 1 if any(done.differences for done in rounds) else 0
+
+
+def _rounds(folder: Path, seed: int, num_kills: int, seconds: float) -> list[Round]:
+    """Half of the time with whole processes, the rest with forked ones."""
+    preload()
+    rng = random.Random(seed)
+    config = write_config(folder / "run.yaml", prepare_corpus(python_text(), folder / "corpus"))
+    references: dict[Setting, Reference] = {}
+    rounds: list[Round] = []
+    begin = time.monotonic()
+    for forked, deadline in ((False, begin + seconds / 2), (True, begin + seconds)):
+        for setting in itertools.cycle(SETTINGS):
+            if time.monotonic() > deadline:
+                break
+            if setting not in references:
+                run_dir = folder / f"reference-{len(references)}"
+                references[setting] = _uninterrupted(config, setting, run_dir)
+            rounds.append(_round(config, setting, forked, references[setting], rng, num_kills))
+            print(_line(rounds[-1]), flush=True)
+    return rounds
+
+
+def _uninterrupted(config: Path, setting: Setting, run_dir: Path) -> Reference:
+    begin = time.monotonic()
+    train(setting.launcher, config, f"run.dir={run_dir}", *setting.overrides)
+    return Reference(run_dir, time.monotonic() - begin)
+
+
+def _round(
+    config: Path,
+    setting: Setting,
+    forked: bool,
+    reference: Reference,
+    rng: random.Random,
+    num_kills: int,
+) -> Round:
+    run_dir, log = config.parent / "run", config.parent / "log"
+    startup_seconds = FORKED_STARTUP_SECONDS if forked else reference.wall_seconds
+    aims = random_aims(rng, num_kills, startup_seconds, several_ranks=setting.num_ranks > 1)
+    arguments = [str(config), f"run.dir={run_dir}", *setting.overrides, "--resume", "auto"]
+
+    def begin() -> Process:
+        if forked:
+            return Session(arguments, setting.num_ranks, log)
+        return start(train_command(setting.launcher, *arguments), log)
+
+    points = run_with_kills(begin, run_dir, log, aims)
+    done = Round(setting, forked, points, differences(reference.run_dir, run_dir))
+    shutil.rmtree(run_dir)
+    return done
+
+
+def _line(done: Round) -> str:
+    hits = ", ".join(f"{point.moment} {point.step}" for point in done.points)
+    verdict = "; ".join(done.differences[:3]) or "bitwise equal"
+    processes = "forked" if done.forked else "whole"
+    return f"{done.setting.name}, {processes}: killed at {hits}: {verdict}"
+
+
+def _report(rounds: list[Round], minutes: float) -> str:
+    points = [point for done in rounds for point in done.points]
+    unequal = [done for done in rounds if done.differences]
+    verdict = (
+        f"**{len(unequal)} of {len(rounds)} runs ended different**"
+        if unequal
+        else f"all {len(rounds)} runs ended bitwise equal to the uninterrupted ones"
+    )
+    head = f"# Kill and resume\n\n{len(points)} SIGKILLs in {len(rounds)} runs: {verdict}.\n"
+    num_single = sum(point.one_rank for point in points)
+    single = f"In {num_single} of them one rank of two was killed; the launcher ended the other.\n"
+    sections = [head, INTRODUCTION, _moments_table(points), single]
+    sections += [SETTINGS_INTRODUCTION, _settings_table(rounds)]
+    for done in unequal:
+        bullets = [f"- {difference}" for difference in done.differences[:10]]
+        sections.append("\n".join([f"Different in {done.setting.name}:", "", *bullets, ""]))
+    return "\n".join([*sections, _provenance(minutes)])
+
+
+def _moments_table(points: list[KillPoint]) -> str:
+    count = Counter((point.moment, point.phase) for point in points)
+    lines = [f"| moment | {' | '.join(PHASES)} | all |", f"|---|{'---:|' * (len(PHASES) + 1)}"]
+    for moment in MOMENTS:
+        total = sum(count[moment, phase] for phase in ("", *PHASES))
+        cells = [str(count[moment, phase]) for phase in PHASES]
+        cells = [""] * len(PHASES) if moment == "start-up" else cells
+        lines.append(f"| {MOMENT_NAMES[moment]} | {' | '.join(cells)} | {total} |")
+    sums = [str(sum(point.phase == phase for point in points)) for phase in PHASES]
+    lines.append(f"| all | {' | '.join(sums)} | {len(points)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _settings_table(rounds: list[Round]) -> str:
+    lines = ["| setting | processes | runs | kills | bitwise equal |", "|---|---|---:|---:|---|"]
+    for setting, forked in itertools.product(SETTINGS, (False, True)):
+        mine = [done for done in rounds if (done.setting, done.forked) == (setting, forked)]
+        if mine:
+            num_kills = sum(len(done.points) for done in mine)
+            equal = f"{sum(not done.differences for done in mine)} of {len(mine)}"
+            cells = [setting.name, "forked" if forked else "whole", len(mine), num_kills, equal]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _provenance(minutes: float) -> str:
+    found = ", ".join(f"{name} {version}" for name, version in versions().items())
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return f"""\
+## Provenance
+
+{today}, {os.cpu_count()} CPU cores ({platform.machine()}), gloo, one thread a rank;
+{found}.
+{minutes:.0f} minutes by
+
+```
+python tools/kill_resume.py {" ".join(sys.argv[1:])}
+```
+
+The seed decides the aims; where they hit depends on the machine's load as well. CI runs seven kills
+by the same code (`tests/e2e/test_kill_and_resume.py`).
+"""
 
 
 if __name__ == "__main__":

@@ -7,21 +7,32 @@ A kill is aimed (`Aim`), and afterwards classified by what the dead run left on 
 import json
 import os
 import random
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import psutil
-from runs import EVAL_EVERY, NUM_STEPS, start
+from runs import EVAL_EVERY, NUM_STEPS
 
 from bitscale.recorder import read_lines
 
 MOMENTS = ("start-up", "step", "evaluation", "save", "publication", "pruning")
 _POLL_SECONDS = 0.0002
 _TIMEOUT_SECONDS = 120.0
+
+
+class Process(Protocol):
+    """What is used of subprocess.Popen."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | None: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def kill(self) -> None: ...
 
 
 class Aim(NamedTuple):
@@ -56,17 +67,18 @@ def random_aims(
 
 
 def run_with_kills(
-    command: Sequence[str], run_dir: Path, log: Path, aims: Sequence[Aim]
+    begin: Callable[[], Process], run_dir: Path, log: Path, aims: Sequence[Aim]
 ) -> list[KillPoint]:
-    """Start `command`, kill it at each aim, start it again, and let the last session finish.
+    """Begin a session, kill it at each aim, begin the next, and let the last one finish.
 
-    `command` has to resume by itself (--resume auto). A session that ends before its aim comes
-    about gives no kill point. Raises AssertionError with the log if a session fails.
+    `begin` starts a training that resumes by itself (--resume auto) and writes to `log`. A
+    session that ends before its aim comes about gives no kill point. Raises AssertionError with
+    the log if a session fails.
     """
     points = []
     for aim in aims:
         before = _Left.behind(run_dir)
-        process = start(list(command), log)
+        process = begin()
         if _wait_until(_trigger(aim, run_dir, before), process):
             time.sleep(aim.delay_seconds)
         if process.poll() is None:
@@ -74,18 +86,17 @@ def run_with_kills(
             points.append(_judge(run_dir, before, aim.one_rank))
         else:
             assert process.returncode == 0, log.read_text(errors="replace")
-    process = start(list(command), log)
-    assert process.wait(_TIMEOUT_SECONDS) == 0, log.read_text(errors="replace")
+    assert begin().wait(_TIMEOUT_SECONDS) == 0, log.read_text(errors="replace")
     return points
 
 
-def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
+def wait_for_step(process: Process, run_dir: Path, step: int) -> None:
     """Return as soon as `process`, just started, has recorded `step`."""
     before = _Left.behind(run_dir)
     assert _wait_until(lambda: _reached(run_dir, before, step), process), "the run ended before"
 
 
-def kill(process: subprocess.Popen[bytes], *, one_rank: bool = False) -> None:
+def kill(process: Process, *, one_rank: bool = False) -> None:
     """SIGKILL `process` and all its descendants, and wait until none is left.
 
     torchrun gives each rank a session of its own, so a process group would not reach them.
@@ -136,7 +147,7 @@ def _trigger(aim: Aim, run_dir: Path, before: _Left) -> Callable[[], bool]:
     return lambda: _reached(run_dir, before, aim.step)
 
 
-def _wait_until(trigger: Callable[[], bool], process: subprocess.Popen[bytes]) -> bool:
+def _wait_until(trigger: Callable[[], bool], process: Process) -> bool:
     """True when `trigger` comes about, False if `process` ends first."""
     deadline = time.monotonic() + _TIMEOUT_SECONDS
     while process.poll() is None:

@@ -84,8 +84,10 @@ def test_rewinding_keeps_what_it_supersedes(
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(finished_run, run_dir)
-    arguments = (config_file, f"run.dir={run_dir}", KEEP_ALL, "log.tensorboard=true")
     checkpoints = run_dir / "checkpoints"
+    # As a kill between a save and its pruning leaves one that is not to be kept.
+    shutil.copytree(checkpoints / "step-00000025", checkpoints / "step-00000024")
+    arguments = (config_file, f"run.dir={run_dir}", KEEP_ALL, "log.tensorboard=true")
     done = train("plain", *arguments, "--resume", checkpoints / "step-00000030")
     assert "kept aside, as this run continues from an earlier step" in done.stdout
     assert differences(finished_run, run_dir) == []
@@ -93,14 +95,14 @@ def test_rewinding_keeps_what_it_supersedes(
         assert Reader(checkpoints / f"superseded-{name}").meta.step == int(name[-2:])
     _check_scalars(run_dir)
 
-    # A finished run has nothing left to do: exit code 0, nothing written but that it was asked.
+    # A finished run has nothing left to do: exit code 0, nothing written but that it is finished.
     before = (run_dir / "metrics.jsonl").read_text()
     done = train("plain", *arguments, "--resume", "auto")
     assert f"nothing to do: the checkpoint is at step {NUM_STEPS} of {NUM_STEPS}" in done.stdout
     after = (run_dir / "metrics.jsonl").read_text()
     assert after.startswith(before)
-    (added,) = after.removeprefix(before).splitlines()
-    assert json.loads(added)["event"] == "resume"
+    added = [json.loads(line) for line in after.removeprefix(before).splitlines()]
+    assert [line["event"] for line in added] == ["resume", "finished"]
     assert differences(finished_run, run_dir) == []
 
 

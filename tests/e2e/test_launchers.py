@@ -1,6 +1,7 @@
 """plain, torchrun and deepspeed start the same training; a wrong world size is told once."""
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from runs import (
     metrics,
     train_command,
 )
+
+from bitscale.cli.main import main
 
 pytestmark = pytest.mark.e2e
 
@@ -75,3 +78,17 @@ def test_scripts_say_how_they_are_used() -> None:
         done = execute([str(LAUNCH / script)])
         assert done.returncode != 0
         assert f"launch/{script}" in done.stderr and "CONFIG" in done.stderr, done.stderr
+
+
+def test_silent_ranks_wait_for_rank_0(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Launchers stop all ranks when one exits: rank 1 must not be faster than rank 0's message."""
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    arguments = ["train", str(config_file), "train.global_batch_size=3"]
+    for rank, told, waited in (("0", 1, []), ("1", 0, [10.0])):
+        monkeypatch.setenv("RANK", rank)
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.count("train.global_batch_size=3") == told
+        assert waits == waited

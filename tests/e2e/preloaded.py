@@ -1,0 +1,98 @@
+"""Training sessions forked from a process that has imported everything: started in .3 s.
+
+Importing takes most of a short session's time and cannot touch its files; without it, many more
+kill points fit into a minute. From `main` on a forked session is like any other.
+"""
+
+import gc
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from runs import environment, free_port
+
+from bitscale.cli.main import main
+
+_FORK = multiprocessing.get_context("fork")
+
+
+def preload() -> None:
+    """Import what a training imports. No threads may run here when a session is forked."""
+    os.environ.update(environment())
+    torch.set_num_threads(1)
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # brings torch._dynamo with it
+
+    import bitscale.train  # noqa: F401
+
+    gc.freeze()  # DeepSpeed collects garbage six times at start-up: not all modules each time
+
+
+class Session:
+    """A training of `num_ranks` forked ranks; a `kill_points.Process`."""
+
+    def __init__(self, arguments: list[str], num_ranks: int, log: Path) -> None:
+        self._process = _FORK.Process(target=_launch, args=(arguments, num_ranks, log))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, "the session did not end in time"
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def _launch(arguments: list[str], num_ranks: int, log: Path) -> None:
+    """What torchrun does: start the ranks, and end the others when one fails."""
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if num_ranks == 1:
+        sys.exit(main(["train", *arguments]))
+    port = free_port()
+    ranks = [
+        _FORK.Process(target=_rank, args=(arguments, rank, num_ranks, port))
+        for rank in range(num_ranks)
+    ]
+    for rank in ranks:
+        rank.start()
+    _end_together(ranks)
+    sys.exit(max(abs(rank.exitcode or 0) for rank in ranks))
+
+
+def _end_together(ranks: Sequence[BaseProcess]) -> None:
+    while any(rank.is_alive() for rank in ranks):
+        if any(rank.exitcode for rank in ranks):
+            for rank in ranks:
+                rank.terminate()
+                rank.join(5)
+                rank.kill()
+        time.sleep(0.01)
+
+
+def _rank(arguments: list[str], rank: int, num_ranks: int, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    sys.exit(main(["train", *arguments]))
