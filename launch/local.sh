@@ -2,8 +2,11 @@
 # Train on this machine with DeepSpeed's launcher: one rank a GPU, or gloo ranks without GPU.
 #
 #   launch/local.sh 8 configs/quickstart.yaml
-#   launch/local.sh 2 configs/quickstart.yaml --resume auto parallel.tp=2
+#   launch/local.sh 2 configs/quickstart.yaml --resume auto train.steps=200
 #   MASTER_PORT=29501 launch/local.sh ...     beside another run
+#
+# To stop it, signal the whole process group (Ctrl-C, or kill -- -PGID): a signal to the deepspeed
+# command alone ends only that, and the ranks train on.
 set -euo pipefail
 : "${2:?"usage: launch/local.sh NUM_RANKS CONFIG [ARGUMENT...]"}"
 num_ranks=$1
