@@ -100,7 +100,7 @@ def _metrics_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not (path / METRICS_NAME).is_file():
-        raise DataError(f"{path} has no {METRICS_NAME}; is it a run directory (train.run_dir)?")
+        raise DataError(f"{path} has no {METRICS_NAME}; is it a run directory (run.dir)?")
     return path / METRICS_NAME
 
 

@@ -35,6 +35,8 @@ class Spike(NamedTuple):
 def find_transition(run: Run) -> Transition | None:
     """The transition by its event or, lacking one, by λ_w rising from 0; None without one.
 
+    A run that is ternary from its first step has none: there is no loss before to compare with.
+
     An event at step S says that the transition lies at S; step S itself is counted as before it
     unless S already trained with λ > 0 (its loss cannot have been affected otherwise).
     """
@@ -45,15 +47,14 @@ def find_transition(run: Run) -> Transition | None:
         first = int(np.searchsorted(steps, event["step"]))
         if first < len(steps) and steps[first] == event["step"] and strength[first] == 0:
             first += 1
-        if first == len(steps):
-            return None  # recorded, but no ternary step was trained yet
+        if first in (0, len(steps)):
+            return None  # ternary from the start, or no ternary step was trained yet
     else:
         ternary = np.flatnonzero(run.train["lambda_weight"] > 0)
         if len(ternary) == 0 or ternary[0] == 0:
             return None
         first = int(ternary[0])
-    before = run.train["tokens"][first - 1] if first > 0 else event["tokens"] if event else 0
-    return Transition(first, int(steps[first]), int(before))
+    return Transition(first, int(steps[first]), int(run.train["tokens"][first - 1]))
 
 
 def spike_windows(num_steps: int) -> tuple[int, int]:
