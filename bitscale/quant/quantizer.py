@@ -30,7 +30,7 @@ def quantize(x_FD: Tensor, part: CodeSpec, generator: torch.Generator | None = N
     Raises ConfigError if the matrix does not divide into the spec's groups or shards.
     """
     x_FD = x_FD.detach()
-    num_tiles = _tile_counts(x_FD, part)
+    num_tiles = tile_counts(x_FD.shape[0], x_FD.shape[1], part)
     arithmetic = x_FD.dtype if part.arithmetic == "native" else torch.float32
     t_ABN = _to_tiles(x_FD.to(arithmetic), num_tiles)
     measure_AB1, threshold_AB1 = _measure(t_ABN, part)
@@ -76,8 +76,8 @@ def inside_range(x_FD: Tensor, codes: Codes, part: CodeSpec) -> Tensor:
     return (scaled_FD >= part.code_min) & (scaled_FD <= part.code_max)
 
 
-def _tile_counts(x_FD: Tensor, part: CodeSpec) -> tuple[int, int]:
-    rows, columns = x_FD.shape
+def tile_counts(rows: int, columns: int, part: CodeSpec) -> tuple[int, int]:
+    """(A, B) of a matrix. Raises ConfigError if it does not divide into groups or shards."""
     match part.granularity:
         case "matrix":
             return 1, 1
@@ -92,14 +92,14 @@ def _tile_counts(x_FD: Tensor, part: CodeSpec) -> tuple[int, int]:
                 )
             return rows, columns // part.group_size
     assert part.num_shards is not None
-    cut = rows if part.granularity == "row_shard" else columns
-    if cut % part.num_shards:
+    by_rows = part.granularity == "row_shard"
+    if (rows if by_rows else columns) % part.num_shards:
         raise ConfigError(
-            f"quantizer num_shards={part.num_shards} does not divide the {cut} "
-            f"{'rows' if part.granularity == 'row_shard' else 'columns'} of a "
-            f"[{rows}, {columns}] weight"
+            f"quantizer num_shards={part.num_shards} does not divide the "
+            f"{rows if by_rows else columns} {'rows' if by_rows else 'columns'} of a "
+            f"[{rows}, {columns}] weight; use another number, or granularity='matrix'"
         )
-    return (part.num_shards, 1) if part.granularity == "row_shard" else (1, part.num_shards)
+    return (part.num_shards, 1) if by_rows else (1, part.num_shards)
 
 
 def _to_tiles(x_FD: Tensor, num_tiles: tuple[int, int]) -> Tensor:

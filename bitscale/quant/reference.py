@@ -105,9 +105,8 @@ def bit_linear(
     if weight == 0.0 and activation == 0.0:
         return F.linear(x_TD, w_FD, bias_F)
     w_codes = _quantize_weight(w_FD, spec.weight, rows, generator) if weight else None
-    if w_codes is not None and spec.gradient == "clip":
-        mask_FD = inside_range(w_FD, w_codes, spec.weight)
-        w_FD = cast(Tensor, _MaskedGradient.apply(w_FD, mask_FD))  # type: ignore[no-untyped-call]
+    if w_codes is not None:
+        w_FD = _masked_gradient(w_FD, w_codes, spec)
     if spec.product == "codes":
         return _codes_linear(x_TD, w_FD, w_codes, bias_F, strength, spec)
     if weight == 1.0 and activation == 1.0 and spec.product == "integer":
@@ -115,12 +114,28 @@ def bit_linear(
         _check_exact(w_FD.shape[1], spec)
         y_TF = _IntegerLinear.apply(x_TD, w_FD, bias_F, w_codes, spec)  # type: ignore[no-untyped-call]
         return cast(Tensor, y_TF)
-    if activation:
-        assert spec.activation is not None
-        x_TD = _blend(x_TD, _dequantized_tokens(x_TD, spec.activation), activation, spec)
     if w_codes is not None:
         w_FD = _blend(w_FD, dequantize(w_codes, spec.weight), weight, spec)
-    return F.linear(x_TD, w_FD, bias_F)
+    return F.linear(blend_tokens(x_TD, activation, spec), w_FD, bias_F)
+
+
+def blend_tokens(x_TD: Tensor, strength: float, quant: Quant) -> Tensor:
+    """x + λ (x̂ − x), the gradient straight through; λ = 0 gives back `x_TD` itself."""
+    spec = as_spec(quant)
+    if strength == 0.0 or spec.activation is None:
+        return x_TD
+    return _blend(x_TD, _dequantized_tokens(x_TD, spec.activation), strength, spec)
+
+
+def blend_weight(w_FD: Tensor, strength: float, quant: Quant) -> Tensor:
+    """w + λ (ŵ − w), the gradient as in `bit_linear`; λ = 0 gives back `w_FD` itself."""
+    spec = as_spec(quant)
+    if strength == 0.0:
+        return w_FD
+    codes = _quantize_weight(w_FD, spec.weight)
+    return _blend(
+        _masked_gradient(w_FD, codes, spec), dequantize(codes, spec.weight), strength, spec
+    )
 
 
 def int8_linear(x_TD: Tensor, w_FD: Tensor, strength: Strength, quant: Quant) -> Tensor:
@@ -218,6 +233,14 @@ def _blend(latent: Tensor, quantized: Tensor, strength: float, spec: QuantSpec) 
         return latent + strength * (quantized.to(latent.dtype) - latent).detach()
     blended = _StraightThrough.apply(latent, quantized, strength)  # type: ignore[no-untyped-call]
     return cast(Tensor, blended)
+
+
+def _masked_gradient(w_FD: Tensor, codes: Codes, spec: QuantSpec) -> Tensor:
+    """`w_FD`, whose gradient is 0 beyond the outermost code if the spec says so."""
+    if spec.gradient == "identity":
+        return w_FD
+    mask_FD = inside_range(w_FD, codes, spec.weight)
+    return cast(Tensor, _MaskedGradient.apply(w_FD, mask_FD))  # type: ignore[no-untyped-call]
 
 
 def _codes_linear(
