@@ -358,10 +358,10 @@ def test_encoder_layers_fast_path_would_read_past_the_quantizer() -> None:
 @pytest.mark.parametrize("name", ["b158", "int4", "group64", "stochastic"])
 def test_telemetry_reads_every_kind_of_codes(name: str) -> None:
     """And draws nothing from the generator that the training run draws from."""
-    model = nn.Sequential(nn.Linear(64, 32))
+    model = nn.Sequential(nn.Linear(64, 512))
     bitlinearize(model, name)
     with torch.no_grad():
-        model[0].weight.copy_(gaussian(32, 64, seed=5))  # the draws come from seed 0
+        model[0].weight.copy_(gaussian(512, 64, seed=5))  # the draws come from seed 0
     telemetry = TernaryTelemetry(model)
     before = torch.get_rng_state()
     first = telemetry.read(nullcontext, compute=True)["0"]
@@ -369,7 +369,7 @@ def test_telemetry_reads_every_kind_of_codes(name: str) -> None:
     assert first["flipped"] is None
     assert same["flipped"] == 0.0
     with torch.no_grad():
-        model[0].weight[:8] *= -1
+        model[0].weight[:128] *= -1
     flipped = telemetry.read(nullcontext, compute=True)["0"]["flipped"]
     assert torch.equal(torch.get_rng_state(), before)
     assert flipped is not None

@@ -4,8 +4,11 @@ Shapes: T tokens, D inputs, F outputs.
 """
 
 import math
+import re
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -24,6 +27,8 @@ from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
 from bitscale.quant.spec import CodeSpec, QuantSpec, max_exact_inputs
 
 pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
 
 DETERMINISTIC = sorted(set(PRESETS) - {"stochastic"})
 # Presets whose layer normalizes its input: gradients then go through the norm.
@@ -462,3 +467,17 @@ def test_export_refuses_what_the_packed_form_would_compute_differently(
         refuse_unpackable(make_config(*overrides))
     for name in ("b158", "hf", "torchao", "absmedian", "trilm", "twn", "weight_only"):
         refuse_unpackable(make_config(f"quant.preset={name}"))
+
+
+def test_document_has_every_formula_and_figure() -> None:
+    """The prose is compared; figures may move in their last digit from one torch to another."""
+    tool = runpy.run_path(str(ROOT / "tools/document_quantizers.py"))
+    committed = (ROOT / "docs/quantizers.md").read_text(encoding="utf-8")
+    assert tool["sections"]() in committed, "run python tools/document_quantizers.py"
+    assert tool["INTRODUCTION"] in committed, "run python tools/document_quantizers.py"
+    assert set(tool["DIFFERS"]) == set(PRESETS)
+    for name in PRESETS:
+        assert "Source: " in (PRESETS[name].__doc__ or "").replace("\n", " ")
+        row = re.search(rf"^\| `{name}` \| (\d+) \| .*$", committed, re.MULTILINE)
+        assert row is not None, name
+        assert int(row[1]) == preset(name).weight.num_levels
