@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from bitscale.model.bitlinear import bit_linears
 from bitscale.quant.pack import pack_2bit, unpack_2bit
-from bitscale.quant.reference import ternarize
+from bitscale.quant.reference import as_spec, ternarize
 
 
 class TernaryTelemetry:
-    """Remembers each layer's codes (2 bits each, in host memory) from one reading to the next."""
+    """Remembers each layer's codes from one reading to the next, in host memory.
+
+    Ternary ones take 2 bits each, others 8.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = dict(bit_linears(model))
@@ -34,14 +37,21 @@ class TernaryTelemetry:
             with gathered(cast(nn.Parameter, layer.weight)) as weight_FD:
                 if not compute:
                     continue
-                codes_FD, scale = ternarize(weight_FD, layer.quant)
+                # Its own draws, so that reading changes nothing in a stochastic run.
+                generator = torch.Generator(weight_FD.device).manual_seed(0)
+                codes_FD, scale = ternarize(weight_FD, layer.quant, layer.rows, generator)
             codes = codes_FD.flatten().cpu()
             previous = self._previous.get(name)
-            flipped = (
-                None if previous is None else _share(_unpack(previous, codes.numel()) != codes)
-            )
-            self._previous[name] = _pack(codes)
-            figures[name] = {"zeros": _share(codes == 0), "flipped": flipped, "scale": float(scale)}
+            ternary = as_spec(layer.quant).weight.is_ternary
+            if previous is not None and ternary:
+                previous = _unpack(previous, codes.numel())
+            flipped = None if previous is None else _share(previous != codes)
+            self._previous[name] = _pack(codes) if ternary else codes
+            figures[name] = {
+                "zeros": _share(codes == 0),
+                "flipped": flipped,
+                "scale": float(scale.mean()),  # of all scales, where there are several
+            }
         return figures
 
 

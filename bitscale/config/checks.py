@@ -1,6 +1,12 @@
 """Conditions that span several keys, checked once, before anything is started."""
 
-from bitscale.config.derived import num_kv_heads, num_steps, span_steps, transition_step
+from bitscale.config.derived import (
+    num_kv_heads,
+    num_steps,
+    quant_spec,
+    span_steps,
+    transition_step,
+)
 from bitscale.config.schema import Config
 from bitscale.errors import ConfigError
 
@@ -25,6 +31,7 @@ def check(cfg: Config) -> None:
     _check_engine(cfg)
     _check_schedule(cfg)
     _check_transition(cfg)
+    _check_quant(cfg)
 
 
 def check_world_size(cfg: Config, world_size: int) -> None:
@@ -140,4 +147,18 @@ def _check_transition(cfg: Config) -> None:
                 f"transition.at is step {start}, but optim.decay already begins at step "
                 f"{decay_step} and transition.lr='decay' would lift the learning rate again; "
                 "shorten optim.decay, move the transition earlier, or use transition.lr=continue"
+            )
+
+
+def _check_quant(cfg: Config) -> None:
+    spec, m = quant_spec(cfg.quant), cfg.model
+    widths = {"model.d_model": m.d_model, "model.d_ff": m.d_ff}
+    if spec.weight.granularity == "row_shard":
+        widths["the width of keys and values"] = m.d_model // m.num_heads * num_kv_heads(cfg)
+    divisor = spec.weight.group_size or spec.weight.num_shards or 1
+    for name, width in widths.items():
+        if width % divisor:
+            raise ConfigError(
+                f"quant: {divisor} ({spec.weight.granularity}) does not divide {name}={width}; "
+                "choose another size or granularity"
             )

@@ -1,8 +1,12 @@
 """Values that follow from a configuration: pure functions, steps and tokens only."""
 
 import math
+from dataclasses import replace
 
-from bitscale.config.schema import Config, Point, Span
+from bitscale.config.schema import Config, Point, QuantConfig, Span
+from bitscale.errors import ConfigError
+from bitscale.quant.presets import INT8_ROWS, preset, with_bits
+from bitscale.quant.spec import CodeSpec, Product, QuantSpec
 
 
 def tokens_per_step(cfg: Config) -> int:
@@ -51,3 +55,69 @@ def num_kv_heads(cfg: Config) -> int:
 def stop_step(cfg: Config) -> int:
     """Step after which this session ends (the budget, or `train.stop_step` before it)."""
     return min(num_steps(cfg), cfg.train.stop_step or num_steps(cfg))
+
+
+def quant_spec(quant: QuantConfig) -> QuantSpec:
+    """The preset with the section's overrides. Raises ConfigError for what cannot be combined."""
+    base = preset(quant.preset)
+    weight = _weight_spec(quant, base.weight)
+    activation = _activation_spec(quant, base)
+    # Codes are summed only where one scale a row and a token can follow the sum.
+    product: Product = base.product
+    if product == "integer" and (activation is None or not weight.scales_rows):
+        product = "dequantized"
+    try:
+        return replace(
+            base,
+            weight=weight,
+            activation=activation,
+            product=product,
+            norm=quant.norm or base.norm,
+            gradient=quant.gradient or base.gradient,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"quant (preset {quant.preset}): {error}") from None
+
+
+def _weight_spec(quant: QuantConfig, part: CodeSpec) -> CodeSpec:
+    granularity = quant.granularity or part.granularity
+    changes = {
+        "measure": quant.weight_scale or part.measure,
+        "granularity": granularity,
+        # A preset's group size goes with its granularity.
+        "group_size": quant.group_size or (part.group_size if granularity == "group" else None),
+        "num_shards": quant.num_shards,
+        "rounding": quant.rounding or part.rounding,
+        "eps": quant.eps,
+    }
+    try:
+        bits: int | None = quant.weight_bits
+        if bits is None and not part.is_ternary and changes["measure"] != part.measure:
+            bits = part.num_levels.bit_length() - 1  # the step depends on the measure
+        if bits is None:
+            return replace(part, **changes)  # type: ignore[arg-type]
+        plain = replace(part, numerator=1.0, code_min=-1, code_max=1)
+        return with_bits(replace(plain, **changes), bits)  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise ConfigError(f"quant (preset {quant.preset}): {error}") from None
+
+
+def _activation_spec(quant: QuantConfig, base: QuantSpec) -> CodeSpec | None:
+    bits = quant.activation_bits or (16 if base.activation is None else 8)
+    if bits == 16:
+        if quant.activation_max is not None:
+            raise ConfigError(
+                f"quant.activation_max={quant.activation_max} means nothing with 16-bit "
+                f"activations (preset {quant.preset}); leave it out, or set quant.activation_bits=8"
+            )
+        return None
+    part = base.activation or INT8_ROWS
+    rounding = part.rounding
+    if quant.rounding is not None and quant.rounding != "stochastic":
+        rounding = quant.rounding
+    return replace(
+        part,
+        numerator=float(quant.activation_max or part.numerator),
+        rounding=rounding,
+        eps=quant.eps,
+    )

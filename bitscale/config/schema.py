@@ -89,11 +89,48 @@ class ModelConfig(Section):
     init_std: PositiveFloat = 0.02  # std of N(0, std²); / sqrt(2 · layers) in o and down
 
 
-class QuantConfig(Section):
-    """What λ = 1 means for the decoder's linear layers."""
+PresetName = Literal[
+    "b158",
+    "hf",
+    "onebit",
+    "torchao",
+    "sdu",
+    "absmedian",
+    "trilm",
+    "twn",
+    "stochastic",
+    "weight_only",
+    "group64",
+    "group128",
+    "group256",
+    "int2",
+    "int3",
+    "int4",
+]
 
-    weight_scale: Literal["absmean", "absmedian"] = "absmean"  # mean or lower median of |w|
-    activation_bits: Literal[8, 16] = 8  # 16: weight-only quantization
+
+class QuantConfig(Section):
+    """What λ = 1 means for the decoder's linear layers: a preset, and what differs from it.
+
+    `null` leaves the preset's choice (docs/quantizers.md).
+    """
+
+    preset: PresetName = "b158"  # formulas and sources: docs/quantizers.md
+    # the scale: mean, lower median or maximum of |w|; twn: the mean above 0.75 of the mean
+    weight_scale: Literal["absmean", "absmedian", "absmax", "twn"] | None = None
+    weight_bits: Literal[2, 3, 4] | None = None  # two's complement codes instead of ternary
+    # what shares a weight scale: the logical matrix, an output row, group_size columns of a row,
+    # or one of num_shards equal blocks of rows or columns
+    granularity: Literal["matrix", "row", "group", "row_shard", "column_shard"] | None = None
+    group_size: PositiveInt | None = None  # granularity group
+    num_shards: PositiveInt | None = None  # granularity row_shard, column_shard
+    # of weights and activations; stochastic: of weights only
+    rounding: Literal["half_even", "half_up", "half_away", "stochastic"] | None = None
+    activation_bits: Literal[8, 16] | None = None  # 16: weight-only quantization
+    # the code of a token's largest |x|; 128 is cut to 127
+    activation_max: Literal[127, 128] | None = None
+    norm: Literal["none", "layernorm"] | None = None  # of the input, affine-free, at every λ
+    gradient: Literal["identity", "clip"] | None = None  # clip: 0 beyond the outermost code
     eps: PositiveFloat = 1e-5  # smallest scale of weights, smallest maximum of activations
     kernel: Literal["reference"] = "reference"  # the plain PyTorch specification
 

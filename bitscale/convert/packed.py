@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitscale.checkpoint import Reader, give_ordinary_mode
-from bitscale.config import Config, ModelConfig, QuantConfig, parse_config
+from bitscale.config import Config, ModelConfig, QuantConfig, parse_config, quant_spec
 from bitscale.convert.loaded import DTYPES, LoadedModel, decoder_on_meta
 from bitscale.data.corpus import load_corpus
 from bitscale.errors import CheckpointError, DataError
@@ -48,6 +48,7 @@ def export_packed(source: Path, out: Path) -> dict[str, Any]:
     if out.exists():
         raise CheckpointError(f"{out} already exists; choose another directory or remove it")
     cfg = parse_config(reader.meta.config, where=str(source))
+    refuse_unpackable(cfg)
     tensors, digest = _pack_all(reader, cfg)
     description = _describe(reader, cfg, digest)
     staging = out.with_name(f".{out.name}.partial")
@@ -130,6 +131,25 @@ def codes_digest(tensors: Mapping[str, Tensor]) -> str:
             digest.update(weight.encode())
             digest.update(unpack_2bit(tensors[weight]).numpy().tobytes())
     return digest.hexdigest()
+
+
+def refuse_unpackable(cfg: Config) -> None:
+    """Raise CheckpointError if codes and one scale a matrix cannot compute what was trained."""
+    spec = quant_spec(cfg.quant)
+    weight = spec.weight
+    reasons = {
+        f"codes {weight.code_min}..{weight.code_max}, not ternary": not weight.is_ternary,
+        f"a scale per {weight.granularity}, not one a matrix": weight.granularity != "matrix",
+        "codes drawn anew at every step": weight.rounding == "stochastic",
+        "a division by 1 / scale": spec.product == "codes",
+        "sums x + (x̂ - x) instead of x̂": spec.straight_through == "added",
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise CheckpointError(
+                f"quant.preset={cfg.quant.preset!r} trains with {reason}: the packed form would "
+                "not compute what was trained; keep the checkpoint, or train with preset b158"
+            )
 
 
 def _pack_all(reader: Reader, cfg: Config) -> tuple[dict[str, Tensor], str]:

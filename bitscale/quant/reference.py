@@ -1,32 +1,44 @@
-"""The specification of ternary training, in plain PyTorch. Fused kernels are its twins.
+"""The specification of quantized training, in plain PyTorch. Fused kernels are its twins.
 
 Shapes: T tokens (all leading dimensions flattened), D inputs, F outputs of a linear layer.
 
-Weights (arXiv:2402.17764, eq. 1-3): s = max(mean|w|, eps) over the whole logical matrix,
-code = clip(round(w / s), −1, 1), ŵ = s · code. `absmedian` (arXiv:2407.09527) takes the lower
-median of |w| instead of the mean.
-Activations, per token: r = max(max|x|, eps) / 127, code = clip(round(x / r), −128, 127),
-x̂ = r · code.
-Both in fp32, from the fp32 or 16-bit latent, rounding half to even.
+Every preset of `presets.py` is computed here. The default, b158 (arXiv:2402.17764, eq. 1-3):
+weights s = max(mean|w|, eps) over the whole logical matrix, code = clip(round(w / s), −1, 1),
+ŵ = s · code; activations, per token, r = max(max|x|, eps) / 127,
+code = clip(round(x / r), −128, 127), x̂ = r · code; both in fp32, from the fp32 or 16-bit latent,
+rounding half to even.
+
+Where the codes' products can be summed exactly (`product: integer`), λ = 1 does so and dequantizes
+once. The other presets, and every λ between 0 and 1, go through a floating-point product: it
+depends on the order of summation, as the peers they reproduce do.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitscale.config import QuantConfig
+from bitscale.config import QuantConfig, quant_spec
+from bitscale.quant.presets import INT8_ROWS
+from bitscale.quant.quantizer import Codes, dequantize, inside_range, quantize, step
 from bitscale.quant.schedule import Strength
+from bitscale.quant.spec import CodeSpec, QuantSpec, max_exact_inputs
 
-ACTIVATION_MAX = 127.0
-# fp32 adds integers exactly up to 2^24 and a product of codes is at most 128.
-MAX_EXACT_INPUTS = 2**24 // 128
+ACTIVATION_MAX = 127.0  # b158's
+MAX_EXACT_INPUTS = 2**24 // 128  # b158's: a product of its codes is at most 128
+_LAYER_NORM_EPS = 1e-5
+
+# A configuration's section, or the specification that follows from it.
+Quant = QuantConfig | QuantSpec
 
 
 class Ternary(NamedTuple):
+    """ŵ = scale · codes. Ternary for most presets; int8 codes of other ranges otherwise."""
+
     codes_FD: Tensor  # int8 in {-1, 0, 1}
-    scale: Tensor  # fp32 scalar > 0
+    scale: Tensor  # fp32 > 0; scalar for one matrix, else [A, B] tiles (quantizer.py)
 
 
 class Int8Rows(NamedTuple):
@@ -34,70 +46,177 @@ class Int8Rows(NamedTuple):
     scale_T1: Tensor  # fp32 > 0, one per token
 
 
-def weight_scale(w_FD: Tensor, quant: QuantConfig) -> Tensor:
-    """fp32 scalar: mean (summed in fp64) or lower median of |w|, at least eps."""
-    magnitude_FD = w_FD.detach().float().abs()
-    if quant.weight_scale == "absmean":
-        scale = (magnitude_FD.sum(dtype=torch.float64) / magnitude_FD.numel()).float()
-    else:
-        scale = magnitude_FD.flatten().median()
-    # Not clamp: a NaN weight must stay visible.
-    return torch.where(scale < quant.eps, scale.new_tensor(quant.eps), scale)
+def as_spec(quant: Quant) -> QuantSpec:
+    return quant if isinstance(quant, QuantSpec) else quant_spec(quant)
 
 
-def ternarize(w_FD: Tensor, quant: QuantConfig) -> Ternary:
-    """Ternary codes and scale of one logical matrix of any floating dtype."""
-    scale = weight_scale(w_FD, quant)
-    codes_FD = torch.round(w_FD.detach().float() / scale).clamp_(-1, 1).to(torch.int8)
-    return Ternary(codes_FD, scale)
+def weight_scale(w_FD: Tensor, quant: Quant) -> Tensor:
+    """The weight's scale: fp32 scalar for one matrix, else [A, B] tiles."""
+    return ternarize(w_FD, quant).scale
+
+
+def ternarize(
+    w_FD: Tensor,
+    quant: Quant,
+    rows: Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> Ternary:
+    """Codes and scale of a weight of any floating dtype.
+
+    `rows`: a fused parameter holds several logical matrices of so many rows each, stacked; each
+    is quantized alone, and the scale comes as one per row, [F, B]. `generator` as in `quantize`.
+    """
+    part = as_spec(quant).weight
+    codes = _quantize_weight(w_FD, part, rows, generator)
+    return Ternary(codes.codes, step(codes, part))
 
 
 def quantize_rows(x_TD: Tensor, eps: float) -> Int8Rows:
-    """Int8 codes of each row (token) by its own absolute maximum."""
-    x_TD = x_TD.detach().float()
-    peak_T1 = x_TD.abs().amax(dim=-1, keepdim=True)
-    scale_T1 = torch.where(peak_T1 < eps, peak_T1.new_tensor(eps), peak_T1) / ACTIVATION_MAX
-    codes_TD = torch.round(x_TD / scale_T1).clamp_(-128, 127).to(torch.int8)
-    return Int8Rows(codes_TD, scale_T1)
+    """b158's int8 codes of each row (token) by its own absolute maximum."""
+    part = INT8_ROWS if eps == INT8_ROWS.eps else CodeSpec(**{**vars(INT8_ROWS), "eps": eps})
+    return Int8Rows(*_quantize_tokens(x_TD, part))
 
 
 def bit_linear(
-    x_TD: Tensor, w_FD: Tensor, bias_F: Tensor | None, strength: Strength, quant: QuantConfig
+    x_TD: Tensor,
+    w_FD: Tensor,
+    bias_F: Tensor | None,
+    strength: Strength,
+    quant: Quant,
+    rows: Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Linear layer at quantization strength λ; same dtype and leading shape as `x_TD`.
 
-    Gradients pass straight through the rounding to x and w. λ = 0 is bitwise `F.linear`;
-    λ = 1 multiplies codes, sums integers exactly (D <= 131,072) and dequantizes once.
+    Gradients pass straight through the rounding to x and w (to w only inside the range of codes,
+    if the spec says `gradient: clip`). λ = 0 is bitwise `F.linear`, after the spec's norm if it
+    has one. At λ = 1 and `product: integer` codes are multiplied, summed exactly and dequantized
+    once. `rows` and `generator` as in `ternarize`.
 
     Raises:
-        ValueError: λ = 1 with more inputs than fp32 can sum exactly.
+        ValueError: λ = 1 with more inputs than fp32 can sum exactly (131,072 for b158).
     """
+    spec = as_spec(quant)
     weight, activation = strength
-    if quant.activation_bits == 16:
+    if spec.activation is None:
         activation = 0.0
+    if spec.norm == "layernorm":
+        x_TD = F.layer_norm(x_TD, x_TD.shape[-1:], eps=_LAYER_NORM_EPS)
     if weight == 0.0 and activation == 0.0:
         return F.linear(x_TD, w_FD, bias_F)
-    if weight == 1.0 and activation == 1.0:
-        if w_FD.shape[1] > MAX_EXACT_INPUTS:
-            raise ValueError(
-                f"{w_FD.shape[1]} inputs exceed {MAX_EXACT_INPUTS}, the most that fp32 sums of "
-                "int8 x ternary products hold exactly; split the matrix"
-            )
-        y_TF = _TernaryLinear.apply(x_TD, w_FD, bias_F, quant)  # type: ignore[no-untyped-call]
+    w_codes = _quantize_weight(w_FD, spec.weight, rows, generator) if weight else None
+    if w_codes is not None:
+        w_FD = _masked_gradient(w_FD, w_codes, spec)
+    if spec.product == "codes":
+        return _codes_linear(x_TD, w_FD, w_codes, bias_F, strength, spec)
+    if weight == 1.0 and activation == 1.0 and spec.product == "integer":
+        assert w_codes is not None
+        _check_exact(w_FD.shape[1], spec)
+        y_TF = _IntegerLinear.apply(x_TD, w_FD, bias_F, w_codes, spec)  # type: ignore[no-untyped-call]
         return cast(Tensor, y_TF)
-    x_TD = _blend(x_TD, _dequantized_rows(x_TD, quant.eps), activation) if activation else x_TD
-    w_FD = _blend(w_FD, _dequantized_ternary(w_FD, quant), weight) if weight else w_FD
-    return F.linear(x_TD, w_FD, bias_F)
+    if w_codes is not None:
+        w_FD = _blend(w_FD, dequantize(w_codes, spec.weight), weight, spec)
+    return F.linear(blend_tokens(x_TD, activation, spec), w_FD, bias_F)
 
 
-def int8_linear(x_TD: Tensor, w_FD: Tensor, strength: Strength, quant: QuantConfig) -> Tensor:
+def blend_tokens(x_TD: Tensor, strength: float, quant: Quant) -> Tensor:
+    """x + λ (x̂ − x), the gradient straight through; λ = 0 gives back `x_TD` itself."""
+    spec = as_spec(quant)
+    if strength == 0.0 or spec.activation is None:
+        return x_TD
+    return _blend(x_TD, _dequantized_tokens(x_TD, spec.activation), strength, spec)
+
+
+def blend_weight(w_FD: Tensor, strength: float, quant: Quant) -> Tensor:
+    """w + λ (ŵ − w), the gradient as in `bit_linear`; λ = 0 gives back `w_FD` itself."""
+    spec = as_spec(quant)
+    if strength == 0.0:
+        return w_FD
+    codes = _quantize_weight(w_FD, spec.weight)
+    return _blend(
+        _masked_gradient(w_FD, codes, spec), dequantize(codes, spec.weight), strength, spec
+    )
+
+
+def int8_linear(x_TD: Tensor, w_FD: Tensor, strength: Strength, quant: Quant) -> Tensor:
     """Linear layer with 8-bit weights per output row and 8-bit activations (the 8-bit head)."""
     weight, activation = strength
+    spec = as_spec(quant)
+    eps = spec.weight.eps
     if activation:
-        x_TD = _blend(x_TD, _dequantized_rows(x_TD, quant.eps), activation)
+        x_TD = _blend(x_TD, _dequantized_rows(x_TD, eps), activation, spec)
     if weight:
-        w_FD = _blend(w_FD, _dequantized_rows(w_FD, quant.eps), weight)
+        w_FD = _blend(w_FD, _dequantized_rows(w_FD, eps), weight, spec)
     return F.linear(x_TD, w_FD)
+
+
+def ternary_linear(x_TD: Tensor, weight: Ternary, bias_F: Tensor | None, quant: Quant) -> Tensor:
+    """The λ = 1 forward pass from codes, without gradient: the exact pass that training ran.
+
+    Raises:
+        ValueError: the spec divides by q (`product: codes`), which the step does not give back.
+    """
+    spec = as_spec(quant)
+    if spec.product == "codes":
+        raise ValueError("product='codes' divides by q, and a finished weight holds only 1 / q")
+    if spec.norm == "layernorm":
+        x_TD = F.layer_norm(x_TD, x_TD.shape[-1:], eps=_LAYER_NORM_EPS)
+    if spec.product == "integer":
+        assert spec.activation is not None
+        x = _quantize_tokens(x_TD, spec.activation)
+        return _integer_forward(x, Codes(*weight), bias_F).to(x_TD.dtype)
+    if spec.activation is not None:
+        x_TD = _dequantized_tokens(x_TD, spec.activation).to(x_TD.dtype)
+    w_FD = _times_scale(weight.codes_FD.float(), weight.scale)
+    return F.linear(x_TD, w_FD.to(x_TD.dtype), bias_F)
+
+
+def _check_exact(num_inputs: int, spec: QuantSpec) -> None:
+    if num_inputs > max_exact_inputs(spec):
+        raise ValueError(
+            f"{num_inputs} inputs exceed {max_exact_inputs(spec)}, the most that fp32 sums of "
+            "int8 x ternary products hold exactly; split the matrix"
+        )
+
+
+def _quantize_weight(
+    w_FD: Tensor,
+    part: CodeSpec,
+    rows: Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+) -> Codes:
+    if rows is None:
+        return quantize(w_FD, part, generator)
+    matrices = [quantize(w, part, generator) for w in torch.split(w_FD.detach(), list(rows))]
+    scales = [_scale_per_row(*matrix) for matrix in matrices]
+    return Codes(torch.cat([matrix.codes for matrix in matrices]), torch.cat(scales))
+
+
+def _scale_per_row(codes_FD: Tensor, scale: Tensor) -> Tensor:
+    """[F, B] from a scalar or [A, B]."""
+    num_rows = codes_FD.shape[0]
+    if not scale.dim():
+        return scale.expand(num_rows, 1)
+    return scale.repeat_interleave(num_rows // scale.shape[0], dim=0)
+
+
+def _times_scale(values_FD: Tensor, scale: Tensor) -> Tensor:
+    if not scale.dim():
+        return values_FD * scale
+    scale = _scale_per_row(values_FD, scale)
+    return values_FD * scale.repeat_interleave(values_FD.shape[1] // scale.shape[1], dim=1)
+
+
+def _quantize_tokens(x_TD: Tensor, part: CodeSpec) -> Codes:
+    """Codes shaped as `x_TD`; the scale has 1 in place of D."""
+    codes, scale = quantize(x_TD.reshape(-1, x_TD.shape[-1]), part)
+    return Codes(codes.view(x_TD.shape), scale.reshape(*x_TD.shape[:-1], 1))
+
+
+def _dequantized_tokens(x_TD: Tensor, part: CodeSpec) -> Tensor:
+    codes_TD, scale_T1 = _quantize_tokens(x_TD, part)
+    values = codes_TD.to(scale_T1.dtype)
+    return values / scale_T1 if part.scale_form == "multiply" else values * scale_T1
 
 
 def _dequantized_rows(x_TD: Tensor, eps: float) -> Tensor:
@@ -105,33 +224,64 @@ def _dequantized_rows(x_TD: Tensor, eps: float) -> Tensor:
     return codes_TD.float() * scale_T1
 
 
-def _dequantized_ternary(w_FD: Tensor, quant: QuantConfig) -> Tensor:
-    codes_FD, scale = ternarize(w_FD, quant)
-    return codes_FD.float() * scale
+def _blend(latent: Tensor, quantized: Tensor, strength: float, spec: QuantSpec) -> Tensor:
+    """latent + λ (quantized − latent); the gradient goes to `latent` whole.
 
-
-def _blend(latent: Tensor, quantized: Tensor, strength: float) -> Tensor:
-    """latent + λ (quantized − latent), computed in fp32; the gradient goes to `latent` whole."""
+    In fp32, and bitwise the quantized value at λ = 1, unless the spec says `added`.
+    """
+    if spec.straight_through == "added":
+        return latent + strength * (quantized.to(latent.dtype) - latent).detach()
     blended = _StraightThrough.apply(latent, quantized, strength)  # type: ignore[no-untyped-call]
     return cast(Tensor, blended)
 
 
-def ternary_linear(
-    x_TD: Tensor, weight: Ternary, bias_F: Tensor | None, quant: QuantConfig
+def _masked_gradient(w_FD: Tensor, codes: Codes, spec: QuantSpec) -> Tensor:
+    """`w_FD`, whose gradient is 0 beyond the outermost code if the spec says so."""
+    if spec.gradient == "identity":
+        return w_FD
+    mask_FD = inside_range(w_FD, codes, spec.weight)
+    return cast(Tensor, _MaskedGradient.apply(w_FD, mask_FD))  # type: ignore[no-untyped-call]
+
+
+def _codes_linear(
+    x_TD: Tensor,
+    w_FD: Tensor,
+    w_codes: Codes | None,
+    bias_F: Tensor | None,
+    strength: Strength,
+    spec: QuantSpec,
 ) -> Tensor:
-    """The λ = 1 forward pass from codes, without gradient: the exact pass that training ran."""
-    if quant.activation_bits == 16:
-        w_FD = (weight.codes_FD.float() * weight.scale).to(x_TD.dtype)
-        return F.linear(x_TD, w_FD, bias_F)
-    return _integer_forward(quantize_rows(x_TD, quant.eps), weight, bias_F).to(x_TD.dtype)
+    """linear(x p → codes, w q → codes) / (q p) in the tensor's dtype; the bias as the spec says.
+
+    Blends are taken between scaled values and codes, which is the same up to rounding.
+    """
+    divisor: Tensor | None = None
+    if w_codes is not None:
+        q_F1 = w_codes.scale if not w_codes.scale.dim() else _scale_per_row(*w_codes)
+        w_FD = _blend(w_FD * q_F1, w_codes.codes.to(w_FD.dtype), strength.weight, spec)
+        divisor = q_F1 if not q_F1.dim() else q_F1.flatten()
+    if spec.activation is not None and strength.activation:
+        codes_TD, p_T1 = _quantize_tokens(x_TD, spec.activation)
+        x_TD = _blend(x_TD * p_T1, codes_TD.to(x_TD.dtype), strength.activation, spec)
+        divisor = p_T1 if divisor is None else divisor * p_T1
+    assert divisor is not None
+    if spec.bias == "before":
+        return F.linear(x_TD, w_FD, bias_F) / divisor
+    y_TF = F.linear(x_TD, w_FD) / divisor
+    return y_TF if bias_F is None else y_TF + bias_F
 
 
-def _integer_forward(x: Int8Rows, weight: Ternary, bias_F: Tensor | None) -> Tensor:
+def _integer_forward(x: Codes, weight: Codes, bias_F: Tensor | None) -> Tensor:
     """fp32 (Σ int8 · code) · r · s + bias."""
     # Integers in fp32: exact in any order, so the sum does not depend on the layout.
-    sums_TF = x.codes_TD.float() @ weight.codes_FD.float().T
-    y_TF = sums_TF * x.scale_T1 * weight.scale
+    sums_TF = x.codes.float() @ weight.codes.float().T
+    y_TF = sums_TF * x.scale * _scale_of_outputs(weight)
     return y_TF if bias_F is None else y_TF + bias_F.float()
+
+
+def _scale_of_outputs(weight: Codes) -> Tensor:
+    """s as a scalar, or [F]."""
+    return _scale_per_row(*weight).flatten() if weight.scale.dim() else weight.scale
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -139,14 +289,26 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: object, latent: Tensor, quantized: Tensor, strength: float) -> Tensor:
         if strength == 1.0:
             return quantized.to(latent.dtype)
-        return torch.lerp(latent.float(), quantized, strength).to(latent.dtype)
+        return torch.lerp(latent.float(), quantized.float(), strength).to(latent.dtype)
 
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None, None]:
         return grads[0], None, None
 
 
-class _TernaryLinear(torch.autograd.Function):
+class _MaskedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, w_FD: Tensor, mask_FD: Tensor) -> Tensor:
+        ctx.save_for_backward(mask_FD)
+        return w_FD.view_as(w_FD)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
+        (mask_FD,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grads[0] * mask_FD, None
+
+
+class _IntegerLinear(torch.autograd.Function):
     """λ = 1. Saves int8 codes and scales, never a floating copy of an input or weight."""
 
     @staticmethod
@@ -155,9 +317,11 @@ class _TernaryLinear(torch.autograd.Function):
         x_TD: Tensor,
         w_FD: Tensor,
         bias_F: Tensor | None,
-        quant: QuantConfig,
+        weight: Codes,
+        spec: QuantSpec,
     ) -> Tensor:
-        x, weight = quantize_rows(x_TD, quant.eps), ternarize(w_FD, quant)
+        assert spec.activation is not None
+        x = _quantize_tokens(x_TD, spec.activation)
         ctx.save_for_backward(*x, *weight)
         ctx.weight_dtype = w_FD.dtype  # type: ignore[attr-defined]
         return _integer_forward(x, weight, bias_F).to(x_TD.dtype)
@@ -165,17 +329,20 @@ class _TernaryLinear(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x_codes_TD, x_scale_T1, w_codes_FD, w_scale = ctx.saved_tensors  # type: ignore[attr-defined]
-        needs_x, needs_w, needs_bias, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
+        needs_x, needs_w, needs_bias, _, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
         dtype = grads[0].dtype
         grad_TF = grads[0].float()
         grad_x = grad_w = grad_bias = None
-        if needs_x:
+        if needs_x and not w_scale.dim():
             grad_x = ((grad_TF @ w_codes_FD.float()) * w_scale).to(dtype)
+        elif needs_x:
+            s_F = _scale_of_outputs(Codes(w_codes_FD, w_scale))
+            grad_x = ((grad_TF * s_F) @ w_codes_FD.float()).to(dtype)
         if needs_w:
             x_hat_TD = (x_codes_TD.float() * x_scale_T1).flatten(0, -2)
             grad_w = (grad_TF.flatten(0, -2).T @ x_hat_TD).to(ctx.weight_dtype)  # type: ignore[attr-defined]
         if needs_bias:
             grad_bias = grad_TF.flatten(0, -2).sum(0).to(ctx.weight_dtype)  # type: ignore[attr-defined]
-        return grad_x, grad_w, grad_bias, None
+        return grad_x, grad_w, grad_bias, None, None

@@ -420,6 +420,7 @@ def changed(value: Any, key: str) -> Any:
         "model.mlp": "relu2",
         "model.head_bits": 8,
         "model.rope_scaling.type": "linear",
+        "quant.preset": "absmedian",
         "quant.weight_scale": "absmedian",
         "quant.activation_bits": 16,
         "train.dtype": "bf16",

@@ -1,0 +1,101 @@
+"""The kernels' specification in plain PyTorch: `kernel: reference`.
+
+Shapes: T tokens (all leading dimensions), D inputs, F outputs of a linear layer. The formulas of
+codes and scales are those of `bitscale.quant.reference`; here is what training does with them.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from bitscale.config import QuantConfig
+from bitscale.quant import reference
+from bitscale.quant.kernels.table import Kernels, Measure, NormedRows
+from bitscale.quant.reference import Int8Rows, Ternary
+
+
+def ternarize(w_FD: Tensor, measure: Measure, eps: float) -> Ternary:
+    """Ternary codes and scale of one logical matrix, fp32 or 16 bit, of any shape."""
+    return reference.ternarize(w_FD, _quant_config(measure, eps))
+
+
+def quantize_rows(x_TD: Tensor, eps: float) -> Int8Rows:
+    """Int8 codes of each row by its own absolute maximum, which counts as at least eps."""
+    return reference.quantize_rows(x_TD, eps)
+
+
+def rms_norm_quantize_rows(
+    x_TD: Tensor, weight_D: Tensor | None, norm_eps: float, eps: float
+) -> NormedRows:
+    """`quantize_rows` of RMSNorm(x), as `bitscale.model.layers.RMSNorm` computes it."""
+    rstd_T1 = torch.rsqrt(x_TD.float().square().mean(dim=-1, keepdim=True) + norm_eps)
+    return NormedRows(*quantize_rows(apply_rms_norm(x_TD, rstd_T1, weight_D), eps), rstd_T1)
+
+
+def apply_rms_norm(x_TD: Tensor, rstd_T1: Tensor, weight_D: Tensor | None) -> Tensor:
+    """x · rstd in the dtype of x, then · weight in the dtype that both promote to."""
+    h_TD = (x_TD.float() * rstd_T1).to(x_TD.dtype)
+    return h_TD if weight_D is None else h_TD * weight_D
+
+
+def integer_linear(
+    x: Int8Rows, weight: Ternary, bias_F: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(Σ int8 · code) · r · s + bias in fp32, rounded once to `dtype`: [T, F]."""
+    # Integers in fp32: exact in any order for D <= 131,072.
+    sums_TF = x.codes_TD.float() @ weight.codes_FD.float().T
+    y_TF = sums_TF * x.scale_T1 * weight.scale
+    return (y_TF if bias_F is None else y_TF + bias_F.float()).to(dtype)
+
+
+def input_grad(grad_TF: Tensor, weight: Ternary) -> Tensor:
+    """∂L/∂x [T, D] = (grad @ codes) · s, summed in fp32, in the dtype of `grad_TF`."""
+    grad_TD = grad_TF.float() @ weight.codes_FD.float()
+    return (grad_TD * weight.scale).to(grad_TF.dtype)
+
+
+def weight_grad(
+    grad_TF: Tensor, x: Int8Rows, dtype: torch.dtype, main_grad_FD: Tensor | None
+) -> Tensor:
+    """∂L/∂w [F, D] = gradᵀ @ (codes · r), summed in fp32, in `dtype`.
+
+    With `main_grad_FD` (fp32) the sum is added to it in place, and it is returned.
+    """
+    x_hat_TD = (x.codes_TD.float() * x.scale_T1).flatten(0, -2)
+    grad_FD = grad_TF.float().flatten(0, -2).T @ x_hat_TD
+    return grad_FD.to(dtype) if main_grad_FD is None else main_grad_FD.add_(grad_FD)
+
+
+def blend_weight(w_FD: Tensor, measure: Measure, eps: float, strength: float) -> Tensor:
+    """w + λ (ŵ − w) in fp32, in the dtype of `w_FD`; λ in (0, 1]."""
+    codes_FD, scale = ternarize(w_FD, measure, eps)
+    return _blend(w_FD, codes_FD.float() * scale, strength)
+
+
+def blend_rows(x_TD: Tensor, eps: float, strength: float) -> Tensor:
+    """x + λ (x̂ − x) in fp32, in the dtype of `x_TD`; λ in (0, 1]."""
+    codes_TD, scale_T1 = quantize_rows(x_TD, eps)
+    return _blend(x_TD, codes_TD.float() * scale_T1, strength)
+
+
+def _blend(latent: Tensor, quantized: Tensor, strength: float) -> Tensor:
+    return torch.lerp(latent.float(), quantized, strength).to(latent.dtype)
+
+
+@lru_cache(maxsize=16)
+def _quant_config(measure: Measure, eps: float) -> QuantConfig:
+    return QuantConfig(weight_scale=measure, eps=eps)
+
+
+KERNELS = Kernels(
+    name="reference",
+    ternarize=ternarize,
+    quantize_rows=quantize_rows,
+    rms_norm_quantize_rows=rms_norm_quantize_rows,
+    integer_linear=integer_linear,
+    input_grad=input_grad,
+    weight_grad=weight_grad,
+    blend_weight=blend_weight,
+    blend_rows=blend_rows,
+)

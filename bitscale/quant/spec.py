@@ -1,0 +1,193 @@
+"""What quantization means: which codes, which scale, which arithmetic, which gradient.
+
+A specification is inert data (no torch), so that the configuration can check it. Named ones with
+their formulas and sources are in `presets.py`; `quantizer.py` and `reference.py` compute them.
+
+With t a tile of the tensor (granularity), m = measure(t), n = numerator:
+
+    divide       s = m / n,   code = clip(round(t / s)),         t̂ = s · code
+    reciprocal   s = m / n,   code = clip(round(t · (1 / s))),   t̂ = s · code
+    multiply     q = n / m,   code = clip(round(t · q)),         t̂ = code / q
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from bitscale.errors import ConfigError
+
+Measure = Literal["absmean", "absmedian", "absmax", "twn"]
+Granularity = Literal["matrix", "row", "group", "row_shard", "column_shard"]
+Rounding = Literal["half_even", "half_up", "half_away", "stochastic"]
+EpsEnters = Literal["measure", "step", "added"]
+ScaleForm = Literal["divide", "reciprocal", "multiply"]
+ScaleDtype = Literal["arithmetic", "native", "native_late"]
+Product = Literal["integer", "codes", "dequantized"]
+
+# fp32 adds integers exactly up to this.
+EXACT_INTEGERS = 2**24
+
+
+@dataclass(frozen=True)
+class CodeSpec:
+    """How one tensor (a weight, or the rows of an activation) becomes integer codes."""
+
+    measure: Measure  # of |t|: mean, lower median, maximum, or the mean above 0.75 · mean
+    numerator: float = 1.0  # n: the code that a value of size m gets
+    code_min: int = -1
+    code_max: int = 1
+    granularity: Granularity = "matrix"  # of scales; row: a token, for activations
+    group_size: int | None = None  # group: columns that share a scale, within a row
+    num_shards: int | None = None  # row_shard, column_shard: equal blocks with a scale each
+    rounding: Rounding = "half_even"
+    eps: float = 1e-5
+    # measure: m = max(m, eps); step: s = max(s, eps) where codes are made, but t̂ uses s itself;
+    # added: m + eps
+    eps_enters: EpsEnters = "measure"
+    scale_form: ScaleForm = "divide"
+    # native: s is rounded to the tensor's dtype; native_late: only after the codes are made
+    scale_dtype: ScaleDtype = "arithmetic"
+    arithmetic: Literal["fp32", "native"] = "fp32"  # native: in the tensor's own dtype
+    statistics: Literal["fp64", "arithmetic"] = "arithmetic"  # in which sums are taken
+
+    @property
+    def num_levels(self) -> int:
+        return self.code_max - self.code_min + 1
+
+    @property
+    def is_ternary(self) -> bool:
+        return (self.code_min, self.code_max) == (-1, 1)
+
+    @property
+    def scales_rows(self) -> bool:
+        """Whether every row has one scale, so that it can be applied after summing a row."""
+        return self.granularity in ("matrix", "row", "row_shard")
+
+    def __post_init__(self) -> None:
+        _check_codes(self)
+        _check_granularity(self)
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """A quantized linear layer: codes of its weight and its input, product, norm and gradient."""
+
+    weight: CodeSpec
+    activation: CodeSpec | None  # None: activations stay in 16 bit
+    # integer: Σ codes in fp32, exactly, dequantized once; codes: F.linear of codes in the
+    # tensor's dtype, then divided by both q; dequantized: F.linear(x̂, ŵ) in the tensor's dtype
+    product: Product = "integer"
+    bias: Literal["after", "before"] = "after"  # before: added to codes, so divided by q too
+    norm: Literal["none", "layernorm"] = "none"  # affine-free, of the input, at every λ
+    # How x̂ replaces x while gradients pass: `replaced` by its value; `added` as x + λ (x̂ − x) in
+    # the tensor's dtype, which loses a code where |x| is much larger (bf16: beyond 256 codes)
+    straight_through: Literal["replaced", "added"] = "replaced"
+    # clip: the gradient of a weight beyond the outermost code is 0 (arXiv:1902.08153, eq. 3)
+    gradient: Literal["identity", "clip"] = "identity"
+
+    def __post_init__(self) -> None:
+        _check_spec(self)
+
+
+def _check_codes(part: CodeSpec) -> None:
+    for name, kind in (
+        ("measure", Measure),
+        ("granularity", Granularity),
+        ("rounding", Rounding),
+        ("eps_enters", EpsEnters),
+        ("scale_form", ScaleForm),
+        ("scale_dtype", ScaleDtype),
+    ):
+        if getattr(part, name) not in get_args(kind):
+            raise ConfigError(
+                f"quantizer {name}={getattr(part, name)!r} is unknown; use one of "
+                f"{', '.join(get_args(kind))}"
+            )
+    if not -128 <= part.code_min < 0 < part.code_max <= 127:
+        raise ConfigError(
+            f"quantizer codes {part.code_min}..{part.code_max} must span 0 and fit into int8"
+        )
+    if part.eps <= 0 or part.numerator <= 0:
+        raise ConfigError(
+            f"quantizer eps={part.eps:g} and numerator={part.numerator:g} must be positive"
+        )
+    if part.measure == "twn" and not (
+        part.is_ternary
+        and part.rounding == "half_even"
+        and part.numerator == 1
+        and part.eps_enters == "measure"
+    ):
+        raise ConfigError(
+            "weight_scale='twn' thresholds instead of rounding: it is ternary only, with "
+            "rounding='half_even', numerator 1 and eps as the smallest scale"
+        )
+
+
+def _check_granularity(part: CodeSpec) -> None:
+    if (part.granularity == "group") != (part.group_size is not None):
+        raise ConfigError(
+            f"granularity={part.granularity!r} with group_size={part.group_size}: "
+            "a group size is needed for 'group' and means nothing elsewhere"
+        )
+    sharded = part.granularity in ("row_shard", "column_shard")
+    if sharded != (part.num_shards is not None):
+        raise ConfigError(
+            f"granularity={part.granularity!r} with num_shards={part.num_shards}: "
+            "a number of shards is needed for row_shard and column_shard, and only there"
+        )
+    if (part.group_size or 1) < 1 or (part.num_shards or 1) < 1:
+        raise ConfigError("group_size and num_shards must be positive")
+
+
+def _check_spec(spec: QuantSpec) -> None:
+    weight, activation = spec.weight, spec.activation
+    if activation is not None and activation.granularity != "row":
+        raise ConfigError(
+            f"activations have one scale a token (granularity='row'), not "
+            f"{activation.granularity!r}"
+        )
+    if activation is not None and activation.rounding == "stochastic":
+        raise ConfigError("rounding='stochastic' is of weights only")
+    if activation is not None and activation.measure != "absmax":
+        raise ConfigError(
+            f"activations are scaled by their absmax, not {activation.measure!r}: "
+            "what lies beyond another measure would be cut off"
+        )
+    if spec.product != "dequantized" and not weight.scales_rows:
+        raise ConfigError(
+            f"granularity={weight.granularity!r} gives one output several weight scales, so its "
+            f"codes cannot be summed first (product={spec.product!r}); use product='dequantized'"
+        )
+    if spec.product == "integer":
+        if activation is None:
+            raise ConfigError(
+                "product='integer' needs quantized activations; use product='dequantized'"
+            )
+        if "native" in (weight.arithmetic, activation.arithmetic) or "multiply" in (
+            weight.scale_form,
+            activation.scale_form,
+        ):
+            raise ConfigError(
+                "product='integer' dequantizes once by fp32 steps: it needs arithmetic='fp32' "
+                "and scale_form divide or reciprocal"
+            )
+        if spec.straight_through == "added":
+            raise ConfigError(
+                "product='integer' multiplies codes themselves: it needs "
+                "straight_through='replaced'"
+            )
+    if spec.product == "codes":
+        parts = [part for part in (weight, activation) if part is not None]
+        if any(p.scale_form != "multiply" or p.arithmetic != "native" for p in parts):
+            raise ConfigError(
+                "product='codes' divides by q in the tensor's dtype: it needs "
+                "scale_form='multiply' and arithmetic='native'"
+            )
+    elif spec.bias == "before":
+        raise ConfigError("bias='before' dequantization needs product='codes'")
+
+
+def max_exact_inputs(spec: QuantSpec) -> int:
+    """Inputs up to which fp32 sums of products of codes are exact."""
+    assert spec.activation is not None
+    peaks = [max(-part.code_min, part.code_max) for part in (spec.weight, spec.activation)]
+    return EXACT_INTEGERS // (peaks[0] * peaks[1])

@@ -1,0 +1,227 @@
+# ruff: noqa: E501 - prose of a Markdown page
+"""Write docs/quantizers.md: every preset, its formula and source, what it changes and costs.
+
+    python tools/document_quantizers.py [CHECKPOINT]
+
+Formulas are the docstrings of bitscale/quant/presets.py. The figures are measured here: on Gaussian
+matrices, on the weights of the 16-bit CHECKPOINT if one is named (else that column is kept from the
+document as it is), and on the golden vectors (tools/parity.py).
+"""
+
+import argparse
+import inspect
+import platform
+import re
+import runpy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitscale.errors import ConfigError
+from bitscale.quant.presets import PRESETS, preset
+from bitscale.quant.quantizer import dequantize, quantize
+from bitscale.quant.reference import blend_tokens, blend_weight
+
+ROOT = Path(__file__).parents[1]
+TARGET = ROOT / "docs" / "quantizers.md"
+
+INTRODUCTION = """\
+# Quantizers
+
+Written by `python tools/document_quantizers.py`; a test compares the formulas.
+
+`quant.preset` names what λ = 1 means; other keys of the section override one choice of it:
+
+    bitscale train configs/quickstart.yaml quant.preset=hf
+    bitscale train configs/quickstart.yaml quant.granularity=group quant.group_size=64
+
+and `bitscale.bitlinearize(model, "hf")` takes the same names. A specification (`QuantSpec`,
+`bitscale/quant/spec.py`) is data: measure and granularity of scales, codes, rounding, where eps
+enters, the form and dtype of scales and arithmetic, how the product is taken, where the bias goes,
+norm, gradient. `bitscale/quant/reference.py` computes all of them.
+
+- **λ** blends `w + λ_w (ŵ − w)` and `x + λ_a (x̂ − x)`; λ = 0 is bitwise the 16-bit linear (after
+  the preset's norm, if it has one).
+- **λ = 1 with `product: integer`** (b158, torchao, absmedian, twn, int2 to int4) sums products of
+  codes exactly in fp32, up to 2^24 / (largest product) inputs: 131,072 for ternary, 16,384 for int4;
+  the result does not depend on order or sharding. The other presets, and 0 < λ < 1, multiply
+  floating-point tensors as their peers do.
+- **Gradients** pass straight through to x and w; `quant.gradient=clip` stops those of weights beyond
+  the outermost code.
+- **Export** to the packed form is refused for what it cannot compute: codes that are not ternary,
+  several scales, drawn codes, `sdu`'s division, `onebit`'s sums.
+- The scale belongs to a *logical* matrix: fused q/k/v or gate/up parameters get one each through
+  `bitlinearize(model, fused={"*.qkv": 3, "*.gate_up": 2})`.
+"""
+
+DIFFERS = {
+    "b158": "The default; the others are compared with it.",
+    "hf": "Multiplies by 1 / s instead of dividing by s, takes the mean in fp32, and rounds x̂ and ŵ "
+    "to bf16 before a floating-point product: codes differ only at ties; in bf16 the output carries "
+    "the rounding of both factors.",
+    "onebit": "Halves go up, also negative ones: −½ becomes 0 but ½ becomes 1, a bias that matters only "
+    "for weights on a grid. Its export rounds to even in bf16, so that exported codes differ from "
+    "trained ones. Its kernels refuse bf16 tensors under Triton 3.9 (`floor` takes fp32 and fp64 only), "
+    "so parity is shown in fp32. They ran in Triton's interpreter here, not on a GPU.",
+    "torchao": "eps bounds the step with which codes are made and not the one that dequantizes: tokens "
+    "with max|x| < 1.27e-3 come out too small. In bf16 both scales are rounded.",
+    "sdu": "Median scale; 128 instead of 127, cutting the largest x of every token; the bias is divided "
+    "by q p; a norm at every λ; everything in the tensor's dtype. In bf16, w q is rounded to 8 bits "
+    "before it is rounded to a code, and v + (code − v) turns the code of a weight beyond 256 scales "
+    "into 0. λ blends weights and activations with one value there (set both here).",
+    "absmedian": "The median's scale is smaller: fewer zeros, larger error for Gaussian weights, and "
+    "indifferent to outliers.",
+    "trilm": "No activation quantization; eps is added. Spectra's scale per model-parallel shard makes the "
+    "model depend on the layout it was trained with: `row_shard`, `column_shard` reproduce it.",
+    "twn": "A threshold and the mean of the survivors: less error, more zeros. Not idempotent either.",
+    "stochastic": "Codes are drawn at every forward pass, unbiased between −s and s but noisier. "
+    "Telemetry draws from a generator of its own. No final model follows from it: finish with "
+    "another preset.",
+    "weight_only": "No activation quantization.",
+    "group64": "A scale for 64 weights costs .25 to .5 bits a weight, and one output row sums several scales: "
+    "no integer product across groups.",
+    "group128": "As group64 at half the cost.",
+    "group256": "As group64 at a quarter of the cost; 256 columns are a GGUF block.",
+    "int2": "4 levels and a scale a row. Two's complement: one more negative level than positive ones.",
+    "int3": "8 levels.",
+    "int4": "16 levels.",
+}
+
+
+def sections() -> str:
+    """Formula, source and difference of every preset, in Markdown."""
+    parts = []
+    for name, make in PRESETS.items():
+        text = re.sub(r"\s+", " ", inspect.cleandoc(make.__doc__ or "")).replace(
+            " Source:", "\n\nSource:"
+        )
+        parts.append(f"### `{name}`\n\n{text}\n\n{DIFFERS[name]}\n")
+    return "\n".join(parts)
+
+
+def costs(checkpoint: Path | None) -> str:
+    """The table of measured costs; Gaussian columns with seed 0."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)  # of stochastic rounding
+    w = torch.randn(1024, 1024, generator=generator)
+    x = torch.randn(256, 1024, generator=generator)
+    matrices = trained_matrices(checkpoint) if checkpoint else {}
+    kept = {} if checkpoint else kept_figures()
+    rows = [
+        "| preset | levels | codes w ≠ b158 | the same, bf16 w | codes x ≠ b158 | the same, bf16 x | zeros "
+        "| MSE / σ² | error of y | MSE / σ², trained |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in PRESETS:
+        weights, tokens = compare_codes(name, w, x)
+        weights_bf16, tokens_bf16 = compare_codes(name, w.bfloat16(), x.bfloat16())
+        trained = kept.get(name, "-")
+        if matrices:
+            trained = trained_error(name, matrices)
+        zeros = float((quantize(w, preset(name).weight).codes == 0).float().mean())
+        levels = preset(name).weight.num_levels
+        codes = f"{weights} | {weights_bf16} | {tokens} | {tokens_bf16}"
+        errors = f"{mse(name, w):.3f} | {output_error(name, x, w):.3f} | {trained}"
+        rows.append(f"| `{name}` | {levels} | {codes} | {zeros:.3f} | {errors} |")
+    return "\n".join(rows) + "\n"
+
+
+def compare_codes(name: str, w: Tensor, x: Tensor) -> tuple[str, str]:
+    """Shares of codes that differ from b158's, of weights and of activations."""
+    spec, base = preset(name), preset("b158")
+    weights = "-"
+    if spec.weight.is_ternary:
+        ours = quantize(w, spec.weight).codes != quantize(w, base.weight).codes
+        weights = f"{float(ours.float().mean()):.2%}"
+    if spec.activation is None or base.activation is None:
+        return weights, "-"
+    differ = quantize(x, spec.activation).codes != quantize(x, base.activation).codes
+    return weights, f"{float(differ.float().mean()):.2%}"
+
+
+def mse(name: str, w: Tensor) -> float:
+    """Mean squared error of ŵ over the variance of w."""
+    part = preset(name).weight
+    residual = w - dequantize(quantize(w, part), part)
+    return float(residual.double().square().mean() / w.double().square().mean())
+
+
+def trained_error(name: str, matrices: dict[str, Tensor]) -> str:
+    """Mean over the matrices, or - where the preset's groups do not divide one of them."""
+    try:
+        return f"{sum(mse(name, m) for m in matrices.values()) / len(matrices):.3f}"
+    except ConfigError:
+        return "-"
+
+
+def output_error(name: str, x: Tensor, w: Tensor) -> float:
+    """|x̂ ŵᵀ − x wᵀ| / |x wᵀ|, Frobenius, without the preset's norm."""
+    spec, y = preset(name), x @ w.T
+    y_hat = blend_tokens(x, 1.0, spec) @ blend_weight(w, 1.0, spec).T
+    return float((y_hat - y).norm() / y.norm())
+
+
+def trained_matrices(checkpoint: Path) -> dict[str, Tensor]:
+    """Weights of the blocks' linear layers."""
+    from bitscale.convert.loaded import load_checkpoint
+    from bitscale.model.bitlinear import bit_linears
+
+    model = load_checkpoint(checkpoint).model
+    return {name: layer.weight.detach().float() for name, layer in bit_linears(model)}
+
+
+def kept_figures() -> dict[str, str]:
+    """{preset: the column of trained weights} of the document as it is."""
+    text = TARGET.read_text(encoding="utf-8") if TARGET.exists() else ""
+    rows = re.findall(r"^\| `(\w+)` \| \d+ \|.*\| (\S+) \|$", text, re.MULTILINE)
+    return dict(rows)
+
+
+def render(checkpoint: Path | None) -> str:
+    """The whole document."""
+    parity = runpy.run_path(str(ROOT / "tools" / "parity.py"))
+    return "\n".join(
+        [
+            INTRODUCTION,
+            "## Presets\n",
+            sections(),
+            COSTS_INTRODUCTION.format(torch=torch.__version__, python=platform.python_version()),
+            costs(checkpoint),
+            PARITY_INTRODUCTION,
+            parity["table"](),
+        ]
+    )
+
+
+COSTS_INTRODUCTION = """\
+## What they cost
+
+Measured on N(0, 1) matrices, w [1024, 1024] and x [256, 1024], seed 0 (torch {torch}, Python {python};
+they are counts and errors, not times). *Codes ≠ b158* counts ternary presets only, from the same fp32 or bf16 tensors; `sdu`
+and `stochastic` are compared without the norm. *Error of y* is |x̂ ŵᵀ − x wᵀ| / |x wᵀ|. *Trained* is the
+mean over the 28 linear layers of `configs/quickstart.yaml` after 300 steps in 16 bit
+(`transition.at=null train.steps=300`): still close to Gaussian. What a preset costs a *trained* model
+is a question for a sweep: the weights adapt to the quantizer, and an error here does not order losses.
+"""
+
+PARITY_INTRODUCTION = """\
+## Parity with the peers
+
+Vectors made by running each peer (`tools/make_golden.py`, versions in `tests/golden/provenance.json`)
+on seeded inputs: Gaussian, odd sizes, a batch, ties everywhere, zeros, outliers, values around and
+below eps; fp32 and bf16. Differences are the largest absolute one over the largest value of the peer;
+0 is bitwise equality. `tests/unit/test_golden.py` holds these figures. torchao in bf16 rounds the
+integer sum and both products, where bitscale rounds once.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write docs/quantizers.md")
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="of a 16-bit run")
+    TARGET.write_text(render(parser.parse_args().checkpoint), encoding="utf-8")
+    print(f"wrote {TARGET}")
+
+
+if __name__ == "__main__":
+    main()
