@@ -45,9 +45,10 @@ run() {
 }
 
 run rm -rf "$out/corpus" "$out/run" "$out/packed"
-run bitscale prepare "$corpus" --out "$out/corpus" --vocab-size 2048
+run bitscale prepare "$corpus" --out "$out/corpus" --vocab-size 2048 --section-bytes 16384 \
+  --split 0.94,0.05,0.01
 # Stopped in 16 bit on purpose, then resumed: the switch to ternary comes after the restart.
-run bitscale train configs/quickstart.yaml train.stop_step=100
+run bitscale train configs/quickstart.yaml train.stop_step=80
 run bitscale train configs/quickstart.yaml --resume auto
 run bitscale eval "$out/run"
 run bitscale export "$out/run" "$out/packed"

@@ -228,6 +228,9 @@ error.
 |---|---|---|---|---|---|
 {yardsticks}
 
+(Two threads share the rows of matrices this small, so that no sum changes; larger ones are also cut
+along the sums.)
+
 Allowed (the command fails beyond it):
 
 | dtype | 16 bit | ramp | ternary |
@@ -257,9 +260,10 @@ The table compares DeepSpeed with DeepSpeed. That the single process is right is
    the loss, which is why losses are compared here and moments in the tests.
 2. **bf16: {bf16_16bit:.0e}.** A bf16 gradient has 8 significant bits, so the fp32 sum over
    micro-batches is (nearly) exact in any order: without clipping all layouts agree to the bit.
-   The clipping factor brings one fp32 unit in the last place, and now and then a master that
-   differs by so little rounds to the other bf16 neighbour, a relative change of 2^-8 of one
-   weight. Other micro-batches round other gradients: that yardstick is the size of the effect.
+   The clipping factor, which stages 1, 2 and 3 compute in three ways, brings one fp32 unit in the
+   last place, and now and then a master that differs by so little rounds to the other bf16
+   neighbour, a relative change of up to 2^-8 of one weight. Hence the rows differ by stage and not
+   by ranks. Other micro-batches round other gradients: that yardstick is the size of the effect.
 3. **Ramp and ternary.** A ternary code changes at |w| = s/2. A weight within 1e-7 of that point
    takes the other code in another layout, and its forward value then differs by λ·s, a million
    times more than before. Which runs meet such a weight is chance: rows fall into a few groups,

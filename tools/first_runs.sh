@@ -25,4 +25,7 @@ train transition
 for pid in "${pids[@]}"; do
   wait "$pid"
 done
+for name in sixteen-bit ternary transition; do
+  bitscale eval "$out/$name"
+done
 bitscale report "$out/sixteen-bit" "$out/ternary" "$out/transition" --out "$out/report"
