@@ -102,6 +102,7 @@ PresetName = Literal[
     "int2",
     "int3",
     "int4",
+    "quest",
 ]
 
 
