@@ -155,10 +155,11 @@ def _check_quant(cfg: Config) -> None:
     widths = {"model.d_model": m.d_model, "model.d_ff": m.d_ff}
     if spec.weight.granularity == "row_shard":
         widths["the width of keys and values"] = m.d_model // m.num_heads * num_kv_heads(cfg)
-    divisor = spec.weight.group_size or spec.weight.num_shards or 1
+    divisor = spec.hadamard or spec.weight.group_size or spec.weight.num_shards or 1
+    what = "hadamard" if spec.hadamard else spec.weight.granularity
     for name, width in widths.items():
         if width % divisor:
             raise ConfigError(
-                f"quant: {divisor} ({spec.weight.granularity}) does not divide {name}={width}; "
+                f"quant: {divisor} ({what}) does not divide {name}={width}; "
                 "choose another size or granularity"
             )

@@ -106,6 +106,7 @@ PresetName = Literal[
     "int2",
     "int3",
     "int4",
+    "quest",
 ]
 
 

@@ -155,12 +155,19 @@ def _check_layer(
             f"bitlinearize: {name} is a {type(layer).__name__}, whose own forward pass would be "
             f"lost or which its parent may not call; exclude it (exclude={name!r})"
         )
-    if isinstance(layer, nn.Conv2d) and (spec.norm != "none" or spec.product == "codes"):
+    rows_only = spec.norm != "none" or spec.product == "codes" or spec.hadamard is not None
+    if isinstance(layer, nn.Conv2d) and rows_only:
         raise ConfigError(
             f"bitlinearize: {name} is a Conv2d, for which norm={spec.norm!r} with "
-            f"product={spec.product!r} is not defined; exclude it or use another preset"
+            f"product={spec.product!r} and hadamard={spec.hadamard} is not defined; exclude it or "
+            "use another preset"
         )
     columns = layer.weight[0].numel()
+    if spec.hadamard is not None and columns % spec.hadamard:
+        raise ConfigError(
+            f"bitlinearize: {name} has {columns} inputs, which the preset's Hadamard blocks of "
+            f"{spec.hadamard} do not divide; exclude it or use another preset"
+        )
     for num_rows in rows or (layer.weight.shape[0],):
         try:
             tile_counts(num_rows, columns, spec.weight)

@@ -182,6 +182,26 @@ def int4() -> QuantSpec:
     return _multi_bit(4)
 
 
+def quest() -> QuantSpec:
+    """x ← x H, w ← w H with orthonormal Hadamard blocks of 128 inputs; for each token and each row
+    σ = rms, s = 2.51393 σ / 15, code = clip(the odd integer nearest to t / s, −15, 15), t̂ = s ·
+    code: 16 levels without 0, of least error for a Gaussian. y = linear(x̂, ŵ) + bias, the sum
+    exact. The gradient of t passes where |t̂ − t| <= s, then back through H.
+
+    Source: arXiv:2502.05003 (QuEST), sections 3.2-3.3, W4A4; its code adds 1e-8 to the largest
+    level, here eps is the smallest σ.
+    """
+    part = CodeSpec(
+        measure="rms",
+        numerator=15 / 2.51393,
+        code_min=-15,
+        code_max=15,
+        granularity="row",
+        rounding="odd",
+    )
+    return QuantSpec(weight=part, activation=part, gradient="trust", hadamard=128)
+
+
 def _grouped(size: int) -> QuantSpec:
     return QuantSpec(
         weight=replace(ABSMEAN, granularity="group", group_size=size),
@@ -232,6 +252,7 @@ PRESETS: dict[str, Callable[[], QuantSpec]] = {
         int2,
         int3,
         int4,
+        quest,
     )
 }
 

@@ -124,6 +124,8 @@ def _measure(t_ABN: Tensor, part: CodeSpec) -> tuple[Tensor, Tensor | None]:
     magnitude = t_ABN.abs()
     if part.measure == "absmax":
         return magnitude.amax(dim=-1, keepdim=True), None
+    if part.measure == "rms":
+        return t_ABN.square().mean(dim=-1, keepdim=True).sqrt(), None
     if part.measure == "absmedian":
         return magnitude.median(dim=-1, keepdim=True).values, None
     wide = torch.float64 if part.statistics == "fp64" else magnitude.dtype
@@ -169,6 +171,8 @@ def _round(v: Tensor, rounding: str, generator: torch.Generator | None) -> Tenso
             return torch.round(v)
         case "half_up":
             return torch.floor(v + 0.5)
+        case "odd":
+            return 2.0 * torch.round(0.5 * (v + 1.0)) - 1.0
         case "half_away":
             return v.sign() * torch.floor(v.abs() + 0.5)
     # |v| goes up with probability frac|v|; for ternary codes: to ±1 with probability |v|.

@@ -13,6 +13,7 @@ once. The other presets, and every λ between 0 and 1, go through a floating-poi
 depends on the order of summation, as the peers they reproduce do.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitscale.config import QuantConfig, quant_spec
+from bitscale.errors import ConfigError
 from bitscale.quant.presets import INT8_ROWS
 from bitscale.quant.quantizer import Codes, dequantize, inside_range, quantize, step
 from bitscale.quant.schedule import Strength
@@ -65,9 +67,11 @@ def ternarize(
 
     `rows`: a fused parameter holds several logical matrices of so many rows each, stacked; each
     is quantized alone, and the scale comes as one per row, [F, B]. `generator` as in `quantize`.
+    The codes are those of the rotated weight if the spec rotates.
     """
-    part = as_spec(quant).weight
-    codes = _quantize_weight(w_FD, part, rows, generator)
+    spec = as_spec(quant)
+    part = spec.weight
+    codes = _quantize_weight(_rotate(w_FD.detach(), spec), part, rows, generator)
     return Ternary(codes.codes, step(codes, part))
 
 
@@ -104,6 +108,7 @@ def bit_linear(
         x_TD = F.layer_norm(x_TD, x_TD.shape[-1:], eps=_LAYER_NORM_EPS)
     if weight == 0.0 and activation == 0.0:
         return F.linear(x_TD, w_FD, bias_F)
+    x_TD, w_FD = _rotate(x_TD, spec), _rotate(w_FD, spec)
     w_codes = _quantize_weight(w_FD, spec.weight, rows, generator) if weight else None
     if w_codes is not None:
         w_FD = _masked_gradient(w_FD, w_codes, spec)
@@ -112,6 +117,11 @@ def bit_linear(
     if weight == 1.0 and activation == 1.0 and spec.product == "integer":
         assert w_codes is not None
         _check_exact(w_FD.shape[1], spec)
+        if spec.gradient == "trust":
+            assert spec.activation is not None
+            x_codes = _quantize_tokens(x_TD, spec.activation)
+            mask_TD = (x_TD.detach() - x_codes.codes * x_codes.scale).abs() <= x_codes.scale
+            x_TD = _masked(x_TD, mask_TD)
         y_TF = _IntegerLinear.apply(x_TD, w_FD, bias_F, w_codes, spec)  # type: ignore[no-untyped-call]
         return cast(Tensor, y_TF)
     if w_codes is not None:
@@ -124,6 +134,9 @@ def blend_tokens(x_TD: Tensor, strength: float, quant: Quant) -> Tensor:
     spec = as_spec(quant)
     if strength == 0.0 or spec.activation is None:
         return x_TD
+    if spec.gradient == "trust":
+        codes, scale = _quantize_tokens(x_TD, spec.activation)
+        x_TD = _masked(x_TD, (x_TD.detach() - codes * scale).abs() <= scale)
     return _blend(x_TD, _dequantized_tokens(x_TD, spec.activation), strength, spec)
 
 
@@ -161,6 +174,7 @@ def ternary_linear(x_TD: Tensor, weight: Ternary, bias_F: Tensor | None, quant: 
         raise ValueError("product='codes' divides by q, and a finished weight holds only 1 / q")
     if spec.norm == "layernorm":
         x_TD = F.layer_norm(x_TD, x_TD.shape[-1:], eps=_LAYER_NORM_EPS)
+    x_TD = _rotate(x_TD, spec)
     if spec.product == "integer":
         assert spec.activation is not None
         x = _quantize_tokens(x_TD, spec.activation)
@@ -239,8 +253,36 @@ def _masked_gradient(w_FD: Tensor, codes: Codes, spec: QuantSpec) -> Tensor:
     """`w_FD`, whose gradient is 0 beyond the outermost code if the spec says so."""
     if spec.gradient == "identity":
         return w_FD
-    mask_FD = inside_range(w_FD, codes, spec.weight)
-    return cast(Tensor, _MaskedGradient.apply(w_FD, mask_FD))  # type: ignore[no-untyped-call]
+    if spec.gradient == "trust":
+        error_FD = (w_FD.detach() - dequantize(codes, spec.weight)).abs()
+        return _masked(w_FD, error_FD <= _times_scale(torch.ones_like(error_FD), codes.scale))
+    return _masked(w_FD, inside_range(w_FD, codes, spec.weight))
+
+
+def _masked(latent: Tensor, mask: Tensor) -> Tensor:
+    """`latent`, with a gradient only where `mask`."""
+    return cast(Tensor, _MaskedGradient.apply(latent, mask))  # type: ignore[no-untyped-call]
+
+
+def _rotate(t_FD: Tensor, spec: QuantSpec) -> Tensor:
+    """t H, block by block along the inputs; H is orthonormal and symmetric."""
+    if spec.hadamard is None:
+        return t_FD
+    if t_FD.shape[-1] % spec.hadamard:
+        raise ConfigError(
+            f"quantizer hadamard={spec.hadamard} does not divide {t_FD.shape[-1]} inputs"
+        )
+    blocks = t_FD.reshape(*t_FD.shape[:-1], t_FD.shape[-1] // spec.hadamard, spec.hadamard)
+    rotated = blocks @ hadamard_matrix(spec.hadamard, t_FD.dtype, t_FD.device)
+    return rotated.reshape(t_FD.shape)
+
+
+def hadamard_matrix(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Sylvester's matrix of ±1 / sqrt(width), [width, width]; `width` a power of two."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while matrix.shape[0] < width:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return (matrix / math.sqrt(width)).to(device=device, dtype=dtype)
 
 
 def _codes_linear(

@@ -15,9 +15,9 @@ from typing import Literal, get_args
 
 from bitscale.errors import ConfigError
 
-Measure = Literal["absmean", "absmedian", "absmax", "twn"]
+Measure = Literal["absmean", "absmedian", "absmax", "twn", "rms"]
 Granularity = Literal["matrix", "row", "group", "row_shard", "column_shard"]
-Rounding = Literal["half_even", "half_up", "half_away", "stochastic"]
+Rounding = Literal["half_even", "half_up", "half_away", "odd", "stochastic"]
 EpsEnters = Literal["measure", "step", "added"]
 ScaleForm = Literal["divide", "reciprocal", "multiply"]
 ScaleDtype = Literal["arithmetic", "native", "native_late"]
@@ -31,14 +31,14 @@ EXACT_INTEGERS = 2**24
 class CodeSpec:
     """How one tensor (a weight, or the rows of an activation) becomes integer codes."""
 
-    measure: Measure  # of |t|: mean, lower median, maximum, or the mean above 0.75 · mean
+    measure: Measure  # of |t|: mean, lower median, maximum, the mean above 0.75 · mean, or rms
     numerator: float = 1.0  # n: the code that a value of size m gets
     code_min: int = -1
     code_max: int = 1
     granularity: Granularity = "matrix"  # of scales; row: a token, for activations
     group_size: int | None = None  # group: columns that share a scale, within a row
     num_shards: int | None = None  # row_shard, column_shard: equal blocks with a scale each
-    rounding: Rounding = "half_even"
+    rounding: Rounding = "half_even"  # odd: to the nearest odd integer, so that no code is 0
     eps: float = 1e-5
     # measure: m = max(m, eps); step: s = max(s, eps) where codes are made, but t̂ uses s itself;
     # added: m + eps
@@ -51,7 +51,8 @@ class CodeSpec:
 
     @property
     def num_levels(self) -> int:
-        return self.code_max - self.code_min + 1
+        span = self.code_max - self.code_min
+        return span // 2 + 1 if self.rounding == "odd" else span + 1
 
     @property
     def is_ternary(self) -> bool:
@@ -81,8 +82,13 @@ class QuantSpec:
     # How x̂ replaces x while gradients pass: `replaced` by its value; `added` as x + λ (x̂ − x) in
     # the tensor's dtype, which loses a code where |x| is much larger (bf16: beyond 256 codes)
     straight_through: Literal["replaced", "added"] = "replaced"
-    # clip: the gradient of a weight beyond the outermost code is 0 (arXiv:1902.08153, eq. 3)
-    gradient: Literal["identity", "clip"] = "identity"
+    # clip: the gradient of a weight beyond the outermost code is 0 (arXiv:1902.08153, eq. 3);
+    # trust: that of a weight or an input further than s from its quantized value
+    # (arXiv:2502.05003, section 3.3)
+    gradient: Literal["identity", "clip", "trust"] = "identity"
+    # Width of the orthonormal Hadamard blocks that rotate x and w along the inputs before
+    # they are quantized: y = (x H)^ (w H)^T. None: no rotation
+    hadamard: int | None = None
 
     def __post_init__(self) -> None:
         _check_spec(self)
@@ -138,20 +144,27 @@ def _check_granularity(part: CodeSpec) -> None:
         raise ConfigError("group_size and num_shards must be positive")
 
 
-def _check_spec(spec: QuantSpec) -> None:
-    weight, activation = spec.weight, spec.activation
-    if activation is not None and activation.granularity != "row":
+def _check_activation(activation: CodeSpec) -> None:
+    if activation.granularity != "row":
         raise ConfigError(
             f"activations have one scale a token (granularity='row'), not "
             f"{activation.granularity!r}"
         )
-    if activation is not None and activation.rounding == "stochastic":
+    if activation.rounding == "stochastic":
         raise ConfigError("rounding='stochastic' is of weights only")
-    if activation is not None and activation.measure != "absmax":
+    if activation.measure not in ("absmax", "rms"):
         raise ConfigError(
-            f"activations are scaled by their absmax, not {activation.measure!r}: "
+            f"activations are scaled by their absmax or rms, not {activation.measure!r}: "
             "what lies beyond another measure would be cut off"
         )
+
+
+def _check_spec(spec: QuantSpec) -> None:
+    weight, activation = spec.weight, spec.activation
+    if activation is not None:
+        _check_activation(activation)
+    if spec.hadamard is not None and (spec.hadamard < 1 or spec.hadamard & (spec.hadamard - 1)):
+        raise ConfigError(f"hadamard={spec.hadamard} is not a power of two")
     if spec.product != "dequantized" and not weight.scales_rows:
         raise ConfigError(
             f"granularity={weight.granularity!r} gives one output several weight scales, so its "
@@ -176,6 +189,10 @@ def _check_spec(spec: QuantSpec) -> None:
                 "straight_through='replaced'"
             )
     if spec.product == "codes":
+        if spec.gradient == "trust" or spec.hadamard is not None:
+            raise ConfigError(
+                "product='codes' has neither gradient='trust' nor a Hadamard rotation"
+            )
         parts = [part for part in (weight, activation) if part is not None]
         if any(p.scale_form != "multiply" or p.arithmetic != "native" for p in parts):
             raise ConfigError(

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
 
 DETERMINISTIC = sorted(set(PRESETS) - {"stochastic"})
+STRAIGHT_THROUGH = sorted(set(DETERMINISTIC) - {"quest"})
 # Presets whose layer normalizes its input: gradients then go through the norm.
 WITH_NORM = {"sdu"}
 
@@ -71,7 +72,23 @@ def formula(name: str, w: Tensor) -> Tensor:
             factor = {2: 1.3139, 3: 0.7543, 4: 0.4244}[bits]
             s = factor * magnitude.mean(-1, keepdim=True)
             return s * torch.clamp(torch.round(w / s), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        case "quest":
+            return trusted_levels(w @ walsh(w.shape[1])) @ walsh(w.shape[1]).T
     raise AssertionError(name)
+
+
+def walsh(width: int) -> Tensor:
+    """Block-diagonal orthonormal Hadamard matrix, float64: (−1)^(number of common one bits)."""
+    signs = [[(-1.0) ** (i & j).bit_count() for j in range(128)] for i in range(128)]
+    block = torch.tensor(signs, dtype=torch.float64) / math.sqrt(128)
+    return torch.block_diag(*[block] * (width // 128))
+
+
+def trusted_levels(t: Tensor) -> Tensor:
+    """QuEST's 16 levels, as its paper states them: centred steps up to 2.51393 rms."""
+    largest = 2.51393 * t.square().mean(-1, keepdim=True).sqrt()
+    step = 2 * largest / 15
+    return torch.round(t.clamp(-largest, largest) / step + 0.5) * step - step / 2
 
 
 def activation_formula(spec: QuantSpec, x: Tensor) -> Tensor:
@@ -81,6 +98,8 @@ def activation_formula(spec: QuantSpec, x: Tensor) -> Tensor:
         x = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
     if spec.activation is None:
         return x
+    if spec.hadamard is not None:
+        return trusted_levels(x @ walsh(x.shape[1])) @ walsh(x.shape[1]).T
     r = x.abs().amax(-1, keepdim=True) / spec.activation.numerator
     scaled = x / r
     half_up = spec.activation.rounding == "half_up"
@@ -108,6 +127,8 @@ def test_forward_is_the_formula(name: str) -> None:
     want, _, w_hat = expected(name, x, w, bias)
     assert float((y - want).abs().max() / want.abs().max()) < 2e-6
     spec = preset(name).weight
+    if name == "quest":
+        return  # its codes are those of the rotated weight
     torch.testing.assert_close(
         dequantize(quantize(w, spec), spec).double(), w_hat, rtol=1e-6, atol=1e-8
     )
@@ -122,7 +143,7 @@ def test_lambda_0_is_the_16_bit_linear(name: str) -> None:
     assert torch.equal(y, F.linear(normed, w, bias))
 
 
-@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize("name", STRAIGHT_THROUGH)
 @pytest.mark.parametrize("strength", [TERNARY, Strength(0.4, 0.4), Strength(0.4, 0.0)])
 def test_gradients_are_straight_through(name: str, strength: Strength) -> None:
     """dx = g w_λ (through the norm, if any), dw = gᵀ x_λ, db = Σ g or Σ g r s."""
@@ -163,6 +184,59 @@ def test_gradient_of_inputs_against_finite_differences(name: str) -> None:
         return bit_linear(x, w, bias, Strength(0.7, 0.0), preset(name))
 
     assert torch.autograd.gradcheck(layer, (x, bias), eps=1e-6, atol=1e-6, fast_mode=True)
+
+
+def test_quest_trusts_where_the_quantized_value_is_near() -> None:
+    """dx = (mask_x · (g ŵ_H)) Hᵀ, dw = (mask_w · (gᵀ x̂_H)) Hᵀ; the codes are odd integers."""
+    x, w = gaussian(7, 256).requires_grad_(), gaussian(24, 256, seed=1).requires_grad_()
+    grad = gaussian(7, 24, seed=3)
+    H, g = walsh(256), grad.double()
+    x_rotated, w_rotated = x.detach().double() @ H, w.detach().double() @ H
+    x_hat, w_hat = trusted_levels(x_rotated), trusted_levels(w_rotated)
+
+    def trusted(t: Tensor, t_hat: Tensor) -> Tensor:
+        std = t.square().mean(-1, keepdim=True).sqrt()
+        return (t_hat - t).abs() <= 2.51393 / 15 * std
+
+    for strength, x_used, w_used in (
+        (TERNARY, x_hat, w_hat),
+        (Strength(0.4, 0.4), x_rotated.lerp(x_hat, 0.4), w_rotated.lerp(w_hat, 0.4)),
+    ):
+        x.grad = w.grad = None
+        bit_linear(x, w, None, strength, preset("quest")).backward(grad)
+        want_x = (trusted(x_rotated, x_hat) * (g @ w_used)) @ H.T
+        want_w = (trusted(w_rotated, w_hat) * (g.T @ x_used)) @ H.T
+        for leaf, want in ((x, want_x), (w, want_w)):
+            assert leaf.grad is not None
+            assert float((leaf.grad - want).abs().max() / want.abs().max()) < 5e-6
+    share = float(trusted(w_rotated, w_hat).double().mean())
+    assert 0.97 < share < 0.998  # Gaussian tails beyond the outermost level and a half step
+    codes = ternarize(w, preset("quest")).codes_FD
+    assert codes.unique().tolist() == list(range(-15, 16, 2))
+
+
+def test_quest_levels_are_those_of_least_error() -> None:
+    z, p = density()
+
+    def mse(largest: float) -> float:
+        step = 2 * largest / 15
+        z_hat = torch.round(z.clamp(-largest, largest) / step + 0.5) * step - step / 2
+        z_hat = z_hat.clamp(-largest, largest)
+        return float((p * (z - z_hat).square()).sum())
+
+    # Within the published constant's rounding and that of the grid.
+    assert mse(2.51393) < min(mse(2.51393 * 0.98), mse(2.51393 * 1.02))
+
+
+def test_rotation_needs_whole_blocks(make_config: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError, match="hadamard=128 does not divide 100 inputs"):
+        bit_linear(gaussian(2, 100), gaussian(4, 100), None, TERNARY, preset("quest"))
+    with pytest.raises(ConfigError, match=r"quant: 128 \(hadamard\) does not divide model.d_model"):
+        make_config("quant.preset=quest")
+    with pytest.raises(ConfigError, match="hadamard=96 is not a power of two"):
+        replace(preset("quest"), hadamard=96)
+    with pytest.raises(ConfigError, match="neither gradient='trust' nor a Hadamard"):
+        replace(preset("sdu"), hadamard=128)
 
 
 @pytest.mark.parametrize("name", ["b158", "hf", "sdu", "int4", "group64"])
@@ -301,7 +375,9 @@ def test_fused_matrices_have_their_own_scales(name: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [None, (16, 8)])
-@pytest.mark.parametrize("name", ["b158", "hf", "torchao", "twn", "group64", "int4", "trilm"])
+@pytest.mark.parametrize(
+    "name", ["b158", "hf", "torchao", "twn", "group64", "int4", "trilm", "quest"]
+)
 def test_finished_weights_give_the_trained_forward_bitwise(
     name: str, rows: tuple[int, ...] | None
 ) -> None:
@@ -373,7 +449,7 @@ def test_integer_sums_hold_for_wider_codes() -> None:
         ),
         (
             lambda: replace(preset("hf"), activation=replace(INT8_ROWS, measure="absmean")),
-            "scaled by their absmax",
+            "scaled by their absmax or rms",
         ),
         (lambda: with_bits(preset("twn").weight, 2), "leave weight_bits out"),
         (lambda: preset("b159"), "'b159' is unknown; use one of b158, hf"),
