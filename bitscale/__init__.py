@@ -13,11 +13,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bitscale.config.presets import preset
+    from bitscale.config.spec import QuantSpec
     from bitscale.model.bitlinear import set_strength
     from bitscale.model.bitlinearize import bitlinearize, unbitlinearize
-    from bitscale.quant.presets import preset
     from bitscale.quant.schedule import Strength
-    from bitscale.quant.spec import QuantSpec
 
 __version__ = "0.1.0"
 
@@ -31,10 +31,10 @@ __all__ = [
 ]
 
 _MODULES = {
-    "QuantSpec": "bitscale.quant.spec",
+    "QuantSpec": "bitscale.config.spec",
     "Strength": "bitscale.quant.schedule",
     "bitlinearize": "bitscale.model.bitlinearize",
-    "preset": "bitscale.quant.presets",
+    "preset": "bitscale.config.presets",
     "set_strength": "bitscale.model.bitlinear",
     "unbitlinearize": "bitscale.model.bitlinearize",
 }

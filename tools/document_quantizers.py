@@ -3,7 +3,7 @@
 
     python tools/document_quantizers.py
 
-Formulas are the docstrings of bitscale/quant/presets.py. The figures are measured here, on Gaussian
+Formulas are the docstrings of bitscale/config/presets.py. The figures are measured here, on Gaussian
 matrices and on the golden vectors (tools/parity.py).
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitscale.quant.presets import PRESETS, preset
+from bitscale.config.presets import PRESETS, preset
 from bitscale.quant.quantizer import dequantize, quantize
 from bitscale.quant.reference import blend_tokens, blend_weight
 
@@ -34,7 +34,7 @@ Written by `python tools/document_quantizers.py`; a test compares the formulas.
     bitscale train configs/quickstart.yaml quant.granularity=group quant.group_size=64
 
 and `bitscale.bitlinearize(model, "hf")` takes the same names. A specification (`QuantSpec`,
-`bitscale/quant/spec.py`) is data: measure and granularity of scales, codes, rounding, where eps
+`bitscale/config/spec.py`) is data: measure and granularity of scales, codes, rounding, where eps
 enters, the form and dtype of scales and arithmetic, how the product is taken, where the bias goes,
 norm, gradient. `bitscale/quant/reference.py` computes all of them.
 

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bitscale.quant.presets import preset
+from bitscale.config.presets import preset
+from bitscale.config.spec import CodeSpec, QuantSpec
 from bitscale.quant.quantizer import quantize
 from bitscale.quant.reference import bit_linear
 from bitscale.quant.schedule import TERNARY, Strength
-from bitscale.quant.spec import CodeSpec, QuantSpec
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"

@@ -3,10 +3,10 @@
 import math
 from dataclasses import replace
 
+from bitscale.config.presets import INT8_ROWS, preset, with_bits
 from bitscale.config.schema import Config, Point, QuantConfig, Span
+from bitscale.config.spec import CodeSpec, Product, QuantSpec
 from bitscale.errors import ConfigError
-from bitscale.quant.presets import INT8_ROWS, preset, with_bits
-from bitscale.quant.spec import CodeSpec, Product, QuantSpec
 
 
 def tokens_per_step(cfg: Config) -> int:

@@ -11,13 +11,13 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from bitscale.config.presets import preset
+from bitscale.config.spec import QuantSpec
 from bitscale.errors import ConfigError
 from bitscale.model.bitlinear import BitConv2d, BitLinear
-from bitscale.quant.presets import preset
 from bitscale.quant.quantizer import tile_counts
 from bitscale.quant.reference import Quant, as_spec
 from bitscale.quant.schedule import TERNARY, Strength
-from bitscale.quant.spec import QuantSpec
 
 Patterns = str | Sequence[str]
 

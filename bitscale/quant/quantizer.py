@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bitscale.config.spec import CodeSpec
 from bitscale.errors import ConfigError
-from bitscale.quant.spec import CodeSpec
 
 _TWN_THRESHOLD = 0.75  # of the mean magnitude
 

@@ -2,7 +2,7 @@
 
 Shapes: T tokens (all leading dimensions flattened), D inputs, F outputs of a linear layer.
 
-Every preset of `presets.py` is computed here. The default, b158 (arXiv:2402.17764, eq. 1-3):
+Every preset of `config/presets.py` is computed here. The default, b158 (arXiv:2402.17764, eq. 1-3):
 weights s = max(mean|w|, eps) over the whole logical matrix, code = clip(round(w / s), −1, 1),
 ŵ = s · code; activations, per token, r = max(max|x|, eps) / 127,
 code = clip(round(x / r), −128, 127), x̂ = r · code; both in fp32, from the fp32 or 16-bit latent,
@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitscale.config import QuantConfig, quant_spec
+from bitscale.config.presets import INT8_ROWS
+from bitscale.config.spec import CodeSpec, QuantSpec, max_exact_inputs
 from bitscale.errors import ConfigError
-from bitscale.quant.presets import INT8_ROWS
 from bitscale.quant.quantizer import Codes, dequantize, inside_range, quantize, step
 from bitscale.quant.schedule import Strength
-from bitscale.quant.spec import CodeSpec, QuantSpec, max_exact_inputs
 
 ACTIVATION_MAX = 127.0  # b158's
 MAX_EXACT_INPUTS = 2**24 // 128  # b158's: a product of its codes is at most 128

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import bitscale
 from bitscale.config import QuantConfig
+from bitscale.config.presets import preset
 from bitscale.errors import ConfigError
 from bitscale.model.bitlinear import BitConv2d, BitLinear, set_strength
 from bitscale.model.bitlinearize import bitlinearize, unbitlinearize
-from bitscale.quant.presets import preset
 from bitscale.quant.quantizer import dequantize, quantize
 from bitscale.quant.reference import INT8_ROWS, bit_linear
 from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitscale.config import Config, QuantConfig, quant_spec
+from bitscale.config.presets import INT8_ROWS, PRESETS, preset, with_bits
 from bitscale.config.schema import PresetName
+from bitscale.config.spec import CodeSpec, QuantSpec, max_exact_inputs
 from bitscale.convert.packed import refuse_unpackable
 from bitscale.errors import CheckpointError, ConfigError
-from bitscale.quant.presets import INT8_ROWS, PRESETS, preset, with_bits
 from bitscale.quant.quantizer import dequantize, quantize
 from bitscale.quant.reference import bit_linear, ternarize, ternary_linear
 from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
-from bitscale.quant.spec import CodeSpec, QuantSpec, max_exact_inputs
 
 pytestmark = pytest.mark.unit
 

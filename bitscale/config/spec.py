@@ -1,7 +1,7 @@
 """What quantization means: which codes, which scale, which arithmetic, which gradient.
 
 A specification is inert data (no torch), so that the configuration can check it. Named ones with
-their formulas and sources are in `presets.py`; `quantizer.py` and `reference.py` compute them.
+their formulas and sources are in `presets.py`; `bitscale.quant` computes them.
 
 With t a tile of the tensor (granularity), m = measure(t), n = numerator:
 

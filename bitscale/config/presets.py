@@ -8,8 +8,8 @@ s is the weight's step, r the token's; w_FD a logical matrix, x_D a token.
 from collections.abc import Callable
 from dataclasses import replace
 
+from bitscale.config.spec import CodeSpec, QuantSpec
 from bitscale.errors import ConfigError
-from bitscale.quant.spec import CodeSpec, QuantSpec
 
 INT8_ROWS = CodeSpec(
     measure="absmax", numerator=127.0, code_min=-128, code_max=127, granularity="row"
