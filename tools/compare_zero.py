@@ -228,8 +228,7 @@ error.
 |---|---|---|---|---|---|
 {yardsticks}
 
-(Two threads share the rows of matrices this small, so that no sum changes; larger ones are also cut
-along the sums.)
+(Two threads divide the work on matrices this small so that no sum changes.)
 
 Allowed (the command fails beyond it):
 
@@ -260,7 +259,7 @@ The table compares DeepSpeed with DeepSpeed. That the single process is right is
    the loss, which is why losses are compared here and moments in the tests.
 2. **bf16: {bf16_16bit:.0e}.** A bf16 gradient has 8 significant bits, so the fp32 sum over
    micro-batches is (nearly) exact in any order: without clipping all layouts agree to the bit.
-   The clipping factor, which stages 1, 2 and 3 compute in three ways, brings one fp32 unit in the
+   The clipping factor, which stages 1, 2 and 3 round differently, brings one fp32 unit in the
    last place, and now and then a master that differs by so little rounds to the other bf16
    neighbour, a relative change of up to 2^-8 of one weight. Hence the rows differ by stage and not
    by ranks. Other micro-batches round other gradients: that yardstick is the size of the effect.
