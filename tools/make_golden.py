@@ -21,9 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Before the peers are imported: CPU without a compiler, kernels without a GPU.
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
-os.environ["TRITON_INTERPRET"] = "1"
+if __name__ == "__main__":  # not for those who import the recipes: tools/parity.py, tests
+    # Before torch and the peers are imported: CPU without a compiler, kernels without a GPU.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from torch import Tensor

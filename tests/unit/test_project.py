@@ -201,7 +201,7 @@ def test_every_test_file_belongs_to_the_group_of_its_folder() -> None:
         path
         for path in files
         if not re.search(
-            rf"^pytestmark = .*pytest\.mark\.{path.parent.name}\b",
+            rf"^pytestmark = \[?\s*pytest\.mark\.{path.parent.name}\b",
             path.read_text(encoding="utf-8"),
             re.MULTILINE,
         )
