@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "e2e"))
 
+from bitscale.run import versions
 from kill_points import MOMENTS, KillPoint, Process, random_aims, run_with_kills
 from preloaded import Session, preload
 from runs import (
@@ -35,8 +36,6 @@ from runs import (
     train_command,
     write_config,
 )
-
-from bitscale.run import versions
 
 PHASES = ("16 bit", "ramp", "ternary")
 FORKED_STARTUP_SECONDS = 0.5

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from runs import KEEP_ALL, prepare_corpus, python_text, train, write_config
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import psutil
-from runs import EVAL_EVERY, NUM_STEPS
 
 from bitscale.recorder import read_lines
+from runs import EVAL_EVERY, NUM_STEPS
 
 MOMENTS = ("start-up", "step", "evaluation", "save", "publication", "pruning")
 _POLL_SECONDS = 0.0002

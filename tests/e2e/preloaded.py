@@ -14,9 +14,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from runs import environment, free_port
 
 from bitscale.cli.main import main
+from runs import environment, free_port
 
 _FORK = multiprocessing.get_context("fork")
 

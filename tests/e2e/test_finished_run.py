@@ -6,6 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from bitscale.checkpoint import Reader
+from bitscale.cli.main import main
+from bitscale.quant.pack import unpack_2bit
 from runs import (
     KEEP_ALL,
     NUM_STEPS,
@@ -15,12 +21,6 @@ from runs import (
     metrics,
     train,
 )
-from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from bitscale.checkpoint import Reader
-from bitscale.cli.main import main
-from bitscale.quant.pack import unpack_2bit
 
 pytestmark = pytest.mark.e2e
 

@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from kill_points import Aim, run_with_kills
-from runs import KEEP_ALL, checkpoint_dirs, differences, events, metrics, start, train_command
 
 from bitscale.recorder import drop_later_lines
+from kill_points import Aim, run_with_kills
+from runs import KEEP_ALL, checkpoint_dirs, differences, events, metrics, start, train_command
 
 pytestmark = pytest.mark.e2e
 

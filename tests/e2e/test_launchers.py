@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from bitscale.cli.main import main
 from runs import (
     KEEP_ALL,
     TRANSITION_STEP,
@@ -15,8 +17,6 @@ from runs import (
     metrics,
     train_command,
 )
-
-from bitscale.cli.main import main
 
 pytestmark = pytest.mark.e2e
 

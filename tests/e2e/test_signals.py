@@ -7,6 +7,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from bitscale.checkpoint import Reader, latest_checkpoint
 from kill_points import wait_for_step
 from runs import (
     KEEP_ALL,
@@ -19,8 +21,6 @@ from runs import (
     train,
     train_command,
 )
-
-from bitscale.checkpoint import Reader, latest_checkpoint
 
 pytestmark = pytest.mark.e2e
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from bitscale.checkpoint import Reader, latest_checkpoint
+from bitscale.cli.main import main
 from runs import (
     KEEP_ALL,
     NUM_STEPS,
@@ -20,9 +23,6 @@ from runs import (
     python_text,
     train_command,
 )
-
-from bitscale.checkpoint import Reader, latest_checkpoint
-from bitscale.cli.main import main
 
 pytestmark = pytest.mark.e2e
 
