@@ -63,7 +63,7 @@ def test_resume_from_nothing(config_file: Path, tmp_path: Path, capsys: Capture)
     [
         ("model.d_ff=96", "model.d_ff", "96", "64"),
         ("model.qk_norm=true", "model.qk_norm", "true", "false"),
-        ("quant.weight_scale=absmedian", "quant.weight_scale", '"absmedian"', '"absmean"'),
+        ("quant.weight_scale=absmedian", "quant.weight_scale", '"absmedian"', "unset"),
         ("data.seed=1", "data.seed", "1", "0"),
         ("data.seq_len=16", "data.seq_len", "16", "32"),
         ("data.reset_attention=true", "data.reset_attention", "true", "false"),
