@@ -74,6 +74,7 @@ def quant_spec(quant: QuantConfig) -> QuantSpec:
             product=product,
             norm=quant.norm or base.norm,
             gradient=quant.gradient or base.gradient,
+            gradient_bits=quant.gradient_bits,
         )
     except ConfigError as error:
         raise ConfigError(f"quant (preset {quant.preset}): {error}") from None

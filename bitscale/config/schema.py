@@ -133,7 +133,10 @@ class QuantConfig(Section):
     norm: Literal["none", "layernorm"] | None = None  # of the input, affine-free, at every λ
     gradient: Literal["identity", "clip"] | None = None  # clip: 0 beyond the outermost code
     eps: PositiveFloat = 1e-5  # smallest scale of weights, smallest maximum of activations
-    kernel: Literal["reference"] = "reference"  # the plain PyTorch specification
+    # of the gradient in the backward products: integers, 8 rounded stochastically; null: floating
+    gradient_bits: Literal[8, 16, 24] | None = None
+    # what computes b158 and absmedian: plain PyTorch, or fused kernels with the same codes
+    kernel: Literal["auto", "reference", "cpu", "triton"] = "reference"
 
 
 class CorpusConfig(Section):

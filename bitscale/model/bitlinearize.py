@@ -14,7 +14,7 @@ from torch import nn
 from bitscale.config.presets import preset
 from bitscale.config.spec import QuantSpec
 from bitscale.errors import ConfigError
-from bitscale.model.bitlinear import BitConv2d, BitLinear
+from bitscale.model.bitlinear import BitConv2d, BitLinear, kernels_for
 from bitscale.quant.quantizer import tile_counts
 from bitscale.quant.reference import Quant, as_spec
 from bitscale.quant.schedule import TERNARY, Strength
@@ -30,6 +30,7 @@ def bitlinearize(
     exclude: Patterns = (),
     fused: Mapping[str, int | Sequence[int]] | None = None,
     strength: Strength = TERNARY,
+    kernel: str = "reference",
 ) -> tuple[str, ...]:
     """Quantize `model`'s nn.Linear and nn.Conv2d layers in place; returns their names in order.
 
@@ -38,10 +39,12 @@ def bitlinearize(
     layers that are quantized already are left as they are. `fused` tells which weights hold
     several logical matrices stacked by rows, each to have its own scale: {pattern: rows of each},
     or {pattern: number of equal parts}. `strength` is λ from now on (change it with
-    `set_strength`).
+    `set_strength`). `kernel` computes b158 and absmedian on the device where the weights are now:
+    reference, cpu, triton, or auto (`set_kernels` changes it).
 
-    Raises ConfigError if a pattern matches nothing or nothing is left to convert; for a subclass
-    of the two layers, whose own forward pass would be lost; and if a weight does not fit `spec`.
+    Raises KernelUnavailable if `kernel` does not run there; ConfigError if a pattern matches
+    nothing or nothing is left to convert, for a subclass of the two layers, whose own forward
+    pass would be lost, and if a weight does not fit `spec` or `kernel`.
     """
     resolved = preset(spec) if isinstance(spec, str) else as_spec(spec)
     kept = resolved if isinstance(spec, str) else spec
@@ -51,13 +54,18 @@ def bitlinearize(
     for name, layer in chosen.items():
         _check_layer(name, layer, resolved, parts.get(name))
     _check_fast_path(model, chosen)
+    tables = {
+        name: kernels_for(name, kernel, layer.weight.device.type, resolved, parts.get(name))
+        for name, layer in chosen.items()
+        if isinstance(layer, nn.Linear)
+    }
     for name, layer in chosen.items():
         if isinstance(layer, nn.Linear):
             layer.__class__ = BitLinear
-            layer.rows = parts.get(name)  # type: ignore[assignment]
+            layer._set_up(kept, strength, parts.get(name), tables[name])  # type: ignore[operator]
         else:
             layer.__class__ = BitConv2d
-        layer.quant, layer.strength = kept, strength  # type: ignore[assignment]
+            layer.quant, layer.strength = kept, strength  # type: ignore[assignment]
     return tuple(chosen)
 
 
@@ -73,7 +81,7 @@ def unbitlinearize(model: nn.Module) -> tuple[str, ...]:
     ]
     for _, module in converted:
         module.__class__ = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d  # type: ignore[assignment]
-        for attribute in ("quant", "strength", "rows"):
+        for attribute in BitLinear.__annotations__:
             module.__dict__.pop(attribute, None)
     return tuple(name for name, _ in converted)
 

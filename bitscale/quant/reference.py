@@ -75,6 +75,17 @@ def ternarize(
     return Ternary(codes.codes, step(codes, part))
 
 
+def weight_codes(w_FD: Tensor, quant: Quant, rows: Sequence[int] | None = None) -> Codes:
+    """The codes that `bit_linear` makes of a weight, to be made once for several calls."""
+    spec = as_spec(quant)
+    return _quantize_weight(_rotate(w_FD.detach(), spec), spec.weight, rows)
+
+
+def straight_through(latent: Tensor, quantized: Tensor) -> Tensor:
+    """`quantized` in the dtype of `latent`, which receives its gradient whole."""
+    return cast(Tensor, _StraightThrough.apply(latent, quantized, 1.0))  # type: ignore[no-untyped-call]
+
+
 def quantize_rows(x_TD: Tensor, eps: float) -> Int8Rows:
     """b158's int8 codes of each row (token) by its own absolute maximum."""
     part = INT8_ROWS if eps == INT8_ROWS.eps else CodeSpec(**{**vars(INT8_ROWS), "eps": eps})
@@ -89,13 +100,15 @@ def bit_linear(
     quant: Quant,
     rows: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
+    codes: Codes | None = None,
 ) -> Tensor:
     """Linear layer at quantization strength λ; same dtype and leading shape as `x_TD`.
 
     Gradients pass straight through the rounding to x and w (to w only inside the range of codes,
     if the spec says `gradient: clip`). λ = 0 is bitwise `F.linear`, after the spec's norm if it
     has one. At λ = 1 and `product: integer` codes are multiplied, summed exactly and dequantized
-    once. `rows` and `generator` as in `ternarize`.
+    once. `rows` and `generator` as in `ternarize`; `codes` are those of `weight_codes`, if the
+    caller has them.
 
     Raises:
         ValueError: λ = 1 with more inputs than fp32 can sum exactly (131,072 for b158).
@@ -109,7 +122,9 @@ def bit_linear(
     if weight == 0.0 and activation == 0.0:
         return F.linear(x_TD, w_FD, bias_F)
     x_TD, w_FD = _rotate(x_TD, spec), _rotate(w_FD, spec)
-    w_codes = _quantize_weight(w_FD, spec.weight, rows, generator) if weight else None
+    w_codes = None
+    if weight:
+        w_codes = codes or _quantize_weight(w_FD, spec.weight, rows, generator)
     if w_codes is not None:
         w_FD = _masked_gradient(w_FD, w_codes, spec)
     if spec.product == "codes":
