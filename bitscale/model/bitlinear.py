@@ -19,7 +19,7 @@ from bitscale.config.spec import QuantSpec, kernel_measure
 from bitscale.errors import ConfigError
 from bitscale.model.norms import RMSNorm
 from bitscale.quant.kernels import Kernels, Measure, get_kernels
-from bitscale.quant.kernels.linear import rms_norm_rows, ternary_linear
+from bitscale.quant.kernels.linear import ternary_linear
 from bitscale.quant.pack import unpack_2bit
 from bitscale.quant.quantizer import Codes
 from bitscale.quant.reference import (
@@ -125,8 +125,8 @@ class BitLinear(nn.Linear):
             blended_TD = self.kernels.blend_rows(x_TD, self._eps(), strength)
             return QuantizedInput(straight_through(x_TD, blended_TD), None, strength)
         if isinstance(norm, RMSNorm):
-            normed = rms_norm_rows(x_TD, norm.weight, norm.eps, self._eps(), self.kernels)
-            return QuantizedInput(normed.carrier_TD, normed.rows, strength)
+            carrier_TD, rows = norm(x_TD, (self.kernels, self._eps()))
+            return QuantizedInput(carrier_TD, rows, strength)
         x_TD = x_TD if norm is None else norm(x_TD)
         return QuantizedInput(x_TD, self.kernels.quantize_rows(x_TD, self._eps()), strength)
 
