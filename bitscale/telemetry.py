@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +33,7 @@ class TernaryTelemetry:
         """
         figures: dict[str, dict[str, float | None]] = {}
         for name, layer in self._layers.items():
-            with gathered(cast(nn.Parameter, layer.weight)) as weight_FD:
+            with gathered(layer.weight) as weight_FD:
                 if not compute:
                     continue
                 # Its own draws, so that reading changes nothing in a stochastic run.
