@@ -6,7 +6,7 @@ handed ranks and groups and never looks them up.
 
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 import torch
@@ -20,13 +20,31 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this process stands. Data parallel only: dp rank and size are rank and world_size."""
+    """Where this process stands. Tensor-parallel ranks are neighbours: tp varies fastest."""
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
     device: torch.device
+    tp_size: int = 1
+    tp_group: dist.ProcessGroup | None = None  # None: one rank
+    dp_group: dist.ProcessGroup | None = None  # None: all ranks
+    # Tensor-parallel ranks that hold the same key/value head.
+    kv_replicas: int = 1
+    kv_group: dist.ProcessGroup | None = None
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp_size
+
+    @property
+    def dp_size(self) -> int:
+        return self.world_size // self.tp_size
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.tp_size
 
     @property
     def is_main(self) -> bool:
@@ -99,6 +117,36 @@ def init_mesh(device: str, num_threads: int = 0) -> Mesh:
             # One process: an in-memory store needs no free port.
             dist.init_process_group(backend, store=_HashStore(), rank=0, world_size=1)
     return Mesh(rank, world_size, local_rank, local_world_size, torch_device)
+
+
+def share_model(mesh: Mesh, tp: int, num_kv_heads: int) -> Mesh:
+    """`mesh` with groups of `tp` neighbouring ranks (a collective over all ranks).
+
+    With fewer key/value heads than tensor-parallel ranks, tp / num_kv_heads neighbours share one.
+    """
+    assert mesh.world_size % tp == 0, "checked by check_world_size"
+    if tp == 1:
+        return mesh
+    replicas = max(tp // num_kv_heads, 1)
+    starts = range(0, mesh.world_size, tp)
+    return replace(
+        mesh,
+        tp_size=tp,
+        tp_group=_own_group(mesh, [range(start, start + tp) for start in starts]),
+        dp_group=_own_group(mesh, [range(first, mesh.world_size, tp) for first in range(tp)]),
+        kv_replicas=replicas,
+        kv_group=None
+        if replicas == 1
+        else _own_group(
+            mesh, [range(s, s + replicas) for s in range(0, mesh.world_size, replicas)]
+        ),
+    )
+
+
+def _own_group(mesh: Mesh, groups: list[range]) -> dist.ProcessGroup:
+    """The group that this rank is in; every rank makes all of them, in the same order."""
+    made = [(dist.new_group(list(ranks)), ranks) for ranks in groups]
+    return cast(dist.ProcessGroup, next(group for group, ranks in made if mesh.rank in ranks))
 
 
 def close_mesh() -> None:

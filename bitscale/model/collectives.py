@@ -20,6 +20,34 @@ class TensorGroup(NamedTuple):
     sequence_parallel: bool = False
 
 
+ONE_RANK = TensorGroup()
+
+
+class ParameterShard(NamedTuple):
+    """Which part of a whole parameter a rank's Parameter is (its attribute `shard`)."""
+
+    dim: int
+    start: int
+    end: int
+    whole: tuple[int, ...]  # shape
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This rank's view of the whole."""
+        return whole.narrow(self.dim, self.start, self.end - self.start)
+
+
+def mark_shard(parameter: Tensor, dim: int, index: int, count: int) -> None:
+    """Say that `parameter` is part `index` of `count` equal ones along `dim`."""
+    size = parameter.shape[dim]
+    whole = tuple(n * count if axis == dim else n for axis, n in enumerate(parameter.shape))
+    parameter.shard = ParameterShard(dim, size * index, size * (index + 1), whole)  # type: ignore[attr-defined]
+
+
+def shard_of(parameter: Tensor) -> ParameterShard | None:
+    """What part of a whole the parameter is; None: it is whole on every rank."""
+    return getattr(parameter, "shard", None)
+
+
 def copy_to_group(x: Tensor, tp: TensorGroup) -> Tensor:
     """x, whose gradient is the sum over the ranks."""
     return x if tp.group is None else cast(Tensor, _Copy.apply(x, tp.group))  # type: ignore[no-untyped-call]

@@ -15,8 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 from bitscale.config import ModelConfig, QuantConfig
 from bitscale.model.bitlinear import Head, shared_input
-from bitscale.model.layers import MLP, Attention, Rotary
+from bitscale.model.collectives import shard_of
+from bitscale.model.layers import MLP, Attention, Ranks, Rotary
 from bitscale.model.norms import make_norm
+from bitscale.model.vocabulary import (
+    VocabParallelEmbedding,
+    gather_vocabulary,
+    vocab_parallel_cross_entropy,
+)
 
 IGNORED_TARGET = -100  # F.cross_entropy's default ignore_index
 
@@ -24,12 +30,13 @@ IGNORED_TARGET = -100  # F.cross_entropy's default ignore_index
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, m: ModelConfig, quant: QuantConfig) -> None:
+    def __init__(self, m: ModelConfig, quant: QuantConfig, ranks: Ranks | None = None) -> None:
         super().__init__()
-        self.attn_norm = make_norm(m)
-        self.attn = Attention(m, quant)
-        self.mlp_norm = make_norm(m)
-        self.mlp = MLP(m, quant)
+        ranks = ranks or Ranks()
+        self.attn_norm = make_norm(m, ranks.tp)
+        self.attn = Attention(m, quant, ranks)
+        self.mlp_norm = make_norm(m, ranks.tp)
+        self.mlp = MLP(m, quant, ranks.tp)
 
     def forward(
         self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor, mask_B1SS: Tensor | None
@@ -50,15 +57,22 @@ class Decoder(nn.Module):
         *,
         seed: int = 0,
         activation_checkpointing: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
         assert m.vocab_size is not None, "the vocabulary size is resolved before the model is built"
+        ranks = ranks or Ranks()
+        self.tp, self.vocab_size = ranks.tp, m.vocab_size
         self.activation_checkpointing = activation_checkpointing
-        self.embed = nn.Embedding(m.vocab_size, m.d_model)
+        self.embed = (
+            nn.Embedding(m.vocab_size, m.d_model)
+            if self.tp.size == 1
+            else VocabParallelEmbedding(m.vocab_size, m.d_model, self.tp)
+        )
         self.rotary = Rotary(m.d_model // m.num_heads, m.rope_theta, m.rope_scaling)
-        self.layers = nn.ModuleList(Block(m, quant) for _ in range(m.num_layers))
-        self.norm = make_norm(m)
-        self.head = Head(m.d_model, m.vocab_size, quant, bits=m.head_bits)
+        self.layers = nn.ModuleList(Block(m, quant, ranks) for _ in range(m.num_layers))
+        self.norm = make_norm(m, self.tp)
+        self.head = Head(m.d_model, m.vocab_size, quant, bits=m.head_bits, tp=self.tp)
         if m.tie_embeddings:
             self.head.weight = self.embed.weight
         self._initialize(m, seed)
@@ -76,9 +90,12 @@ class Decoder(nn.Module):
                     parameter.zero_()
                 elif parameter.ndim == 2:
                     back = name.endswith(("attn.o.weight", "mlp.down.weight"))
-                    parameter.normal_(
-                        0.0, residual_std if back else m.init_std, generator=generator
-                    )
+                    std, shard = residual_std if back else m.init_std, shard_of(parameter)
+                    if shard is None:
+                        parameter.normal_(0.0, std, generator=generator)
+                    else:
+                        whole = torch.empty(shard.whole).normal_(0.0, std, generator=generator)
+                        parameter.copy_(shard.of(whole))
 
     def forward(
         self,
@@ -93,6 +110,8 @@ class Decoder(nn.Module):
         `reduction` "mean" gives a scalar over the targets that are not IGNORED_TARGET; "none"
         gives [B, S] with 0 at ignored targets.
         """
+        if self.tp.size > 1:
+            return self._shared_loss(input_ids_BS, target_ids_BS, document_ids_BS, reduction)
         logits_BSV = self.logits(input_ids_BS, document_ids_BS)
         losses = F.cross_entropy(
             logits_BSV.flatten(0, 1),
@@ -102,8 +121,32 @@ class Decoder(nn.Module):
         )
         return losses if reduction == "mean" else losses.view_as(target_ids_BS)
 
+    def _shared_loss(
+        self, input_ids_BS: Tensor, target_ids_BS: Tensor, documents: Tensor | None, reduction: str
+    ) -> Tensor:
+        """`forward` where each rank has the logits of its part of the vocabulary."""
+        logits = self._own_logits(input_ids_BS, documents)
+        targets = target_ids_BS.T if self.tp.sequence_parallel else target_ids_BS
+        losses = vocab_parallel_cross_entropy(
+            logits.flatten(0, 1),
+            targets.flatten(),
+            self.head.first,
+            self.tp,
+            IGNORED_TARGET,
+        ).view_as(targets)
+        if reduction == "mean":
+            return losses.sum() / (targets != IGNORED_TARGET).sum()
+        return losses.T if self.tp.sequence_parallel else losses
+
     def logits(self, input_ids_BS: Tensor, document_ids_BS: Tensor | None = None) -> Tensor:
-        """fp32 logits [B, S, V]."""
+        """fp32 logits [B, S, V]; without gradient if the vocabulary is shared."""
+        logits = self._own_logits(input_ids_BS, document_ids_BS)
+        if self.tp.size == 1:
+            return logits
+        logits = gather_vocabulary(logits, self.vocab_size, self.tp)
+        return logits.transpose(0, 1) if self.tp.sequence_parallel else logits
+
+    def _own_logits(self, input_ids_BS: Tensor, document_ids_BS: Tensor | None) -> Tensor:
         x_BSD = self.embed(input_ids_BS)
         cos_SE, sin_SE = self.rotary(input_ids_BS.shape[1], input_ids_BS.device)
         mask_B1SS = None if document_ids_BS is None else same_document_mask(document_ids_BS)

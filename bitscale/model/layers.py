@@ -5,15 +5,19 @@ F feed-forward width.
 """
 
 import math
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitscale.config import ModelConfig, QuantConfig, RopeScaling
+from bitscale.mesh import Mesh
 from bitscale.model.bitlinear import BitLinear, QuantizedInput, shared_input
-from bitscale.model.norms import RMSNorm
+from bitscale.model.collectives import ONE_RANK, TensorGroup
+from bitscale.model.norms import RMSNorm, make_sub_norm
+from bitscale.model.parallel import ColumnBitLinear, RowBitLinear
+from bitscale.quant.reference import Quant
 
 
 class Rotary(nn.Module):
@@ -58,22 +62,62 @@ def rotate(x_BHSE: Tensor, cos_SE: Tensor, sin_SE: Tensor) -> Tensor:
     return (x * cos_SE + turned * sin_SE).to(x_BHSE.dtype)
 
 
+class Ranks(NamedTuple):
+    """With whom this rank shares the layers; the default is one rank."""
+
+    tp: TensorGroup = ONE_RANK
+    # The tensor-parallel ranks that hold the same key/value head, if there are fewer than ranks.
+    kv_replicas: TensorGroup = ONE_RANK
+
+
+def ranks_of(mesh: Mesh, *, sequence_parallel: bool) -> Ranks:
+    """The groups of this rank in the mesh."""
+    tp = TensorGroup(mesh.tp_group, mesh.tp_rank, mesh.tp_size, sequence_parallel)
+    replicas = mesh.kv_replicas
+    return Ranks(tp, TensorGroup(mesh.kv_group, mesh.tp_rank % replicas, replicas))
+
+
+def column_linear(
+    d_in: int,
+    d_out: int,
+    quant: Quant,
+    tp: TensorGroup,
+    bias: bool,
+    replicas: TensorGroup = ONE_RANK,
+) -> nn.Module:
+    """The layer, or this rank's outputs of it."""
+    if tp.size == 1:
+        return BitLinear(d_in, d_out, quant, bias=bias)
+    return ColumnBitLinear(d_in, d_out, quant, tp, bias=bias, replicas=replicas)
+
+
+def row_linear(d_in: int, d_out: int, quant: Quant, tp: TensorGroup, bias: bool) -> nn.Module:
+    """The layer, or the part of it that reads this rank's columns."""
+    if tp.size == 1:
+        return BitLinear(d_in, d_out, quant, bias=bias)
+    return RowBitLinear(d_in, d_out, quant, tp, bias=bias)
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention, causal, optionally within documents only."""
 
-    def __init__(self, m: ModelConfig, quant: QuantConfig) -> None:
+    def __init__(self, m: ModelConfig, quant: QuantConfig, ranks: Ranks | None = None) -> None:
         super().__init__()
-        kv_heads = m.num_kv_heads or m.num_heads
-        self.num_heads, self.num_kv_heads = m.num_heads, kv_heads
+        ranks = ranks or Ranks()
+        tp, kv_heads = ranks.tp, m.num_kv_heads or m.num_heads
+        self.num_heads = m.num_heads // tp.size  # of this rank
+        self.num_kv_heads = max(kv_heads // tp.size, 1)
         self.head_width = m.d_model // m.num_heads
-        kv_width = kv_heads * self.head_width
-        self.q = BitLinear(m.d_model, m.d_model, quant, bias=m.bias)
-        self.k = BitLinear(m.d_model, kv_width, quant, bias=m.bias)
-        self.v = BitLinear(m.d_model, kv_width, quant, bias=m.bias)
-        self.o = BitLinear(m.d_model, m.d_model, quant, bias=m.bias)
-        self.q_norm = RMSNorm(self.head_width, m.norm_eps) if m.qk_norm else None
-        self.k_norm = RMSNorm(self.head_width, m.norm_eps) if m.qk_norm else None
-        self.sub_norm = RMSNorm(m.d_model, m.norm_eps) if m.sub_norm else None
+        self.sequence_first = tp.sequence_parallel
+        kv_width, replicas = kv_heads * self.head_width, ranks.kv_replicas
+        self.q = column_linear(m.d_model, m.d_model, quant, tp, m.bias)
+        self.k = column_linear(m.d_model, kv_width, quant, tp, m.bias, replicas)
+        self.v = column_linear(m.d_model, kv_width, quant, tp, m.bias, replicas)
+        self.o = row_linear(m.d_model, m.d_model, quant, tp, m.bias)
+        # Each rank norms its own heads.
+        self.q_norm = RMSNorm(self.head_width, m.norm_eps, tp=tp) if m.qk_norm else None
+        self.k_norm = RMSNorm(self.head_width, m.norm_eps, tp=tp) if m.qk_norm else None
+        self.sub_norm = make_sub_norm(m.d_model, m.norm_eps, tp) if m.sub_norm else None
 
     def readers(self) -> tuple[nn.Module, ...]:
         """The layers that read the block's normed input."""
@@ -82,11 +126,13 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor | QuantizedInput, cos_SE: Tensor, sin_SE: Tensor, mask_B1SS: Tensor | None
     ) -> Tensor:
-        """`x` [B, S, D], as `shared_input` gives it to `readers()`."""
-        batch, seq_len, _ = (x if isinstance(x, Tensor) else x.x_TD).shape
+        """`x` [B, S, D], as `shared_input` gives it to `readers()`; sequence parallelism has
+        [S, B, D] throughout."""
 
         def split(y: Tensor, heads: int) -> Tensor:
-            return y.view(batch, seq_len, heads, self.head_width)
+            """[B, S, heads, E]"""
+            y = y.view(*y.shape[:-1], heads, self.head_width)
+            return y.transpose(0, 1) if self.sequence_first else y
 
         q_BSHE = split(self.q(x), self.num_heads)
         k_BSKE = split(self.k(x), self.num_kv_heads)
@@ -103,21 +149,22 @@ class Attention(nn.Module):
             is_causal=mask_B1SS is None,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
-        out_BSD = out_BHSE.transpose(1, 2).reshape(batch, seq_len, -1)
-        return cast(Tensor, self.o(shared_input(out_BSD, self.sub_norm, self.o)))
+        out_BSHE = out_BHSE.transpose(1, 2)
+        out = (out_BSHE.transpose(0, 1) if self.sequence_first else out_BSHE).flatten(-2)
+        return cast(Tensor, self.o(shared_input(out, self.sub_norm, self.o)))
 
 
 class MLP(nn.Module):
     """Feed-forward: SwiGLU, gated squared ReLU (BitNet b1.58 2B4T), or plain squared ReLU."""
 
-    def __init__(self, m: ModelConfig, quant: QuantConfig) -> None:
+    def __init__(self, m: ModelConfig, quant: QuantConfig, tp: TensorGroup = ONE_RANK) -> None:
         super().__init__()
         self.kind = m.mlp
         gated = m.mlp != "relu2"
-        self.gate = BitLinear(m.d_model, m.d_ff, quant, bias=m.bias) if gated else None
-        self.up = BitLinear(m.d_model, m.d_ff, quant, bias=m.bias)
-        self.down = BitLinear(m.d_ff, m.d_model, quant, bias=m.bias)
-        self.sub_norm = RMSNorm(m.d_ff, m.norm_eps) if m.sub_norm else None
+        self.gate = column_linear(m.d_model, m.d_ff, quant, tp, m.bias) if gated else None
+        self.up = column_linear(m.d_model, m.d_ff, quant, tp, m.bias)
+        self.down = row_linear(m.d_ff, m.d_model, quant, tp, m.bias)
+        self.sub_norm = make_sub_norm(m.d_ff, m.norm_eps, tp) if m.sub_norm else None
 
     def readers(self) -> tuple[nn.Module, ...]:
         """The layers that read the block's normed input."""

@@ -26,11 +26,13 @@ from bitscale.model.bitlinear import (
     kernels_for,
 )
 from bitscale.model.collectives import (
+    ONE_RANK,
     TensorGroup,
     all_gather,
     all_reduce,
     copy_to_group,
     gather_sequence,
+    mark_shard,
     reduce_scatter,
     sum_and_split_sequence,
     sum_over_group,
@@ -53,6 +55,7 @@ class ShardedLinear(QuantizedLinear):
     """What column- and row-parallel layers share: the weight's side, over the group."""
 
     tp: TensorGroup
+    replicas: TensorGroup = ONE_RANK
     # The logical matrix of each row, if the shard holds several (q, k, v); and how many there are.
     matrix_F: Tensor | None
     num_matrices: int
@@ -124,11 +127,15 @@ class ShardedLinear(QuantizedLinear):
     def _weight_now(self) -> Tensor:
         """w_λ, whose gradient goes to the latent weight."""
         if self.strength.weight == 0.0:
-            return self.weight
+            return self._latent()
         weight = self._weight()
         blended_FD = (weight or self._prepare()).blended_FD  # type: ignore[union-attr]
         assert blended_FD is not None
-        return straight_through(self.weight, blended_FD)
+        return straight_through(self._latent(), blended_FD)
+
+    def _latent(self) -> Tensor:
+        """The weight as autograd sees it: what several ranks hold gets the sum of their parts."""
+        return copy_to_group(self.weight, self.replicas)
 
     def _activation_strength(self) -> float:
         return self.strength.activation if self.spec.activation is not None else 0.0
@@ -142,7 +149,9 @@ class ColumnParallel(ShardedLinear):
 
     def forward(self, x: Tensor | QuantizedInput) -> Tensor:
         """y [T, F / size] from x [T, D], which with sequence parallelism is [T / size, D]."""
-        return self.project(x, self.bias)
+        return self.project(
+            x, None if self.bias is None else copy_to_group(self.bias, self.replicas)
+        )
 
     def project(self, x: Tensor | QuantizedInput, bias_F: Tensor | None) -> Tensor:
         given = self.quantize_input(x) if isinstance(x, Tensor) else x
@@ -152,7 +161,7 @@ class ColumnParallel(ShardedLinear):
         assert given.rows is not None and self.kernels is not None
         return ternary_linear(
             given.x_TD,
-            self.weight,
+            self._latent(),
             bias_F,
             given.rows,
             self._codes_now(),
@@ -184,7 +193,10 @@ class RowParallel(ShardedLinear):
     def forward(self, x: Tensor | QuantizedInput) -> Tensor:
         """y [T, F] from this rank's x [T, D / size]; sequence parallelism: y [T / size, F]."""
         y = self.project(x)
-        return y if self.bias is None else y + self.bias
+        if self.bias is None:
+            return y
+        # With sequence parallelism each rank adds it to its own tokens.
+        return y + (copy_to_group(self.bias, self.tp) if self.tp.sequence_parallel else self.bias)
 
     def project(self, x: Tensor | QuantizedInput) -> Tensor:
         given = self.quantize_input(x) if isinstance(x, Tensor) else x
@@ -223,13 +235,28 @@ class RowParallel(ShardedLinear):
 
 
 class ColumnBitLinear(ColumnParallel, nn.Linear):  # type: ignore[misc]
-    """The [F / size, D] shard of a layer of bitscale's own decoder."""
+    """The [F / size, D] shard of a layer of bitscale's own decoder.
+
+    With `replicas` the matrix has fewer parts than there are ranks (key/value heads): that many
+    neighbouring ranks hold the same part, and its gradient is summed over them.
+    """
 
     def __init__(
-        self, d_in: int, d_out: int, quant: Quant, tp: TensorGroup, *, bias: bool = False
+        self,
+        d_in: int,
+        d_out: int,
+        quant: Quant,
+        tp: TensorGroup,
+        *,
+        bias: bool = False,
+        replicas: TensorGroup = ONE_RANK,
     ) -> None:
-        nn.Linear.__init__(self, d_in, d_out // tp.size, bias=bias)
+        num_parts = tp.size // replicas.size
+        nn.Linear.__init__(self, d_in, d_out // num_parts, bias=bias)
+        self.replicas = replicas
         set_up_shard(self, quant, tp)
+        for parameter in self.parameters():
+            mark_shard(parameter, 0, tp.rank // replicas.size, num_parts)
 
 
 class RowBitLinear(RowParallel, nn.Linear):  # type: ignore[misc]
@@ -240,6 +267,7 @@ class RowBitLinear(RowParallel, nn.Linear):  # type: ignore[misc]
     ) -> None:
         nn.Linear.__init__(self, d_in // tp.size, d_out, bias=bias)
         set_up_shard(self, quant, tp)
+        mark_shard(self.weight, 1, tp.rank, tp.size)
 
 
 def set_up_shard(
