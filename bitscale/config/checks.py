@@ -4,10 +4,13 @@ from bitscale.config.derived import (
     num_kv_heads,
     num_steps,
     quant_spec,
+    residual_peak,
+    residual_steps,
     span_steps,
     transition_step,
 )
 from bitscale.config.schema import Config
+from bitscale.config.spec import SPARSE_BLOCK
 from bitscale.errors import ConfigError
 
 # DeepSpeed keys that bitscale derives; letting a raw section change them would make the
@@ -134,6 +137,12 @@ def _check_transition(cfg: Config) -> None:
                 f"transition.{key} ends at step {start + length}, after the run's {steps}; "
                 "the model would never be fully ternary: shorten it or start earlier"
             )
+    if residual_peak(cfg) and start + residual_steps(cfg) > steps - 1:
+        raise ConfigError(
+            f"transition.residual ends at step {start + residual_steps(cfg)}, but the run's last "
+            f"step is {steps - 1}: the finished model would still contain 16-bit weights; shorten "
+            "transition.residual.over, or leave it out"
+        )
     if t.lr == "decay" and cfg.optim.schedule not in ("constant", "wsd"):
         raise ConfigError(
             f"transition.lr='decay' fuses the decay with the transition and needs "
@@ -158,6 +167,11 @@ def _check_quant(cfg: Config) -> None:
     divisor = spec.hadamard or spec.weight.group_size or spec.weight.num_shards or 1
     what = "hadamard" if spec.hadamard else spec.weight.granularity
     for name, width in widths.items():
+        if spec.weight.measure == "sparse_absmean" and width % SPARSE_BLOCK:
+            raise ConfigError(
+                f"quant.preset={cfg.quant.preset!r} zeroes one of each {SPARSE_BLOCK} inputs, "
+                f"which does not divide {name}={width}; choose another size or preset"
+            )
         if width % divisor:
             raise ConfigError(
                 f"quant: {divisor} ({what}) does not divide {name}={width}; "

@@ -28,7 +28,7 @@ from bitscale.errors import CheckpointError, DataError
 from bitscale.model.bitlinear import PackedBitLinear, bit_linears
 from bitscale.quant.pack import pack_2bit, unpack_2bit
 from bitscale.quant.reference import ternarize
-from bitscale.quant.schedule import TERNARY
+from bitscale.quant.schedule import TERNARY, quant_strength
 
 FORMAT = "bitscale-packed-1"
 
@@ -49,6 +49,12 @@ def export_packed(source: Path, out: Path) -> dict[str, Any]:
         raise CheckpointError(f"{out} already exists; choose another directory or remove it")
     cfg = parse_config(reader.meta.config, where=str(source))
     refuse_unpackable(cfg)
+    residual = quant_strength(max(reader.meta.step - 1, 0), cfg).residual
+    if residual:
+        raise CheckpointError(
+            f"{source} is at a residual of {residual:g} x wᵀ, not 0: its outputs still contain "
+            "16-bit weights; train past the end of transition.residual first"
+        )
     tensors, digest = _pack_all(reader, cfg)
     description = _describe(reader, cfg, digest)
     staging = out.with_name(f".{out.name}.partial")
@@ -140,7 +146,9 @@ def refuse_unpackable(cfg: Config) -> None:
     reasons = {
         f"codes {weight.code_min}..{weight.code_max}, not ternary": not weight.is_ternary,
         f"a scale per {weight.granularity}, not one a matrix": weight.granularity != "matrix",
+        "scales of its own, one a row": spec.learns_scale,
         "codes drawn anew at every step": weight.rounding == "stochastic",
+        "a bias made of weights": spec.deadzone_bias != 0,
         "a division by 1 / scale": spec.product == "codes",
         "sums x + (x̂ - x) instead of x̂": spec.straight_through == "added",
     }

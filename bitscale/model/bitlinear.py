@@ -55,7 +55,7 @@ class BitConv2d(nn.Conv2d):
     strength: Strength
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Conv2d gave it
-        weight, activation = self.strength
+        weight, activation, _ = self.strength
         w = blend_weight(self.weight.flatten(1), weight, self.quant).view_as(self.weight)
         x = blend_tokens(input.flatten(-3), activation, self.quant).view_as(input)
         return cast(Tensor, self._conv_forward(x, w, self.bias))
