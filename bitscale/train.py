@@ -34,7 +34,7 @@ from bitscale.mesh import (
     under_launcher,
     world_size_from_environment,
 )
-from bitscale.model.bitlinear import bit_linears, set_strength
+from bitscale.model.bitlinear import bit_linears, is_scale, set_strength
 from bitscale.model.decoder import Decoder
 from bitscale.optim import learning_rate, weight_decay
 from bitscale.preemption import StopRequest
@@ -203,7 +203,11 @@ def _set_up(
 
 
 def _restore(engine: TrainEngine, mesh: Mesh, reader: checkpoint.Reader) -> None:
-    reader.restore(engine.fragments(), engine.parameter_shapes())
+    shapes = engine.parameter_shapes()
+    # Before the transition learned scales have no value yet: a trunk of any quantizer will do.
+    begun = reader.meta.lambda_weight > 0 or reader.meta.lambda_activation > 0
+    scales = () if begun else {n for n in shapes.keys() | reader.meta.shapes if is_scale(n)}
+    reader.restore(engine.fragments(), shapes, optional=scales)
     engine.publish_masters()
     rng_state = reader.rng_state(mesh.rank)
     if rng_state is not None:

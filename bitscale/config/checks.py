@@ -137,12 +137,7 @@ def _check_transition(cfg: Config) -> None:
                 f"transition.{key} ends at step {start + length}, after the run's {steps}; "
                 "the model would never be fully ternary: shorten it or start earlier"
             )
-    if residual_peak(cfg) and start + residual_steps(cfg) > steps - 1:
-        raise ConfigError(
-            f"transition.residual ends at step {start + residual_steps(cfg)}, but the run's last "
-            f"step is {steps - 1}: the finished model would still contain 16-bit weights; shorten "
-            "transition.residual.over, or leave it out"
-        )
+    _check_residual(cfg, start)
     if t.lr == "decay" and cfg.optim.schedule not in ("constant", "wsd"):
         raise ConfigError(
             f"transition.lr='decay' fuses the decay with the transition and needs "
@@ -157,6 +152,25 @@ def _check_transition(cfg: Config) -> None:
                 f"{decay_step} and transition.lr='decay' would lift the learning rate again; "
                 "shorten optim.decay, move the transition earlier, or use transition.lr=continue"
             )
+
+
+def _check_residual(cfg: Config, start: int) -> None:
+    if not residual_peak(cfg):
+        return
+    steps = num_steps(cfg)
+    if start + residual_steps(cfg) > steps - 1:
+        raise ConfigError(
+            f"transition.residual ends at step {start + residual_steps(cfg)}, but the run's last "
+            f"step is {steps - 1}: the finished model would still contain 16-bit weights; shorten "
+            "transition.residual.over, or leave it out"
+        )
+    kernel, bits = cfg.quant.kernel, cfg.quant.gradient_bits
+    if kernel not in ("auto", "reference") or bits is not None:
+        raise ConfigError(
+            f"transition.residual needs 16-bit products beside the quantized ones, which "
+            f"quant.kernel={kernel!r} with quant.gradient_bits={bits} does not compute; use "
+            "quant.kernel=reference without gradient_bits, or transition.residual.peak=0"
+        )
 
 
 def _check_quant(cfg: Config) -> None:

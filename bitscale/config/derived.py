@@ -91,6 +91,7 @@ def quant_spec(quant: QuantConfig) -> QuantSpec:
             deadzone_bias=(
                 base.deadzone_bias if quant.deadzone_bias is None else quant.deadzone_bias
             ),
+            gradient_bits=quant.gradient_bits,
         )
     except ConfigError as error:
         raise ConfigError(f"quant (preset {quant.preset}): {error}") from None

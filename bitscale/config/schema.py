@@ -138,7 +138,10 @@ class QuantConfig(Section):
     # share of the weights with code 0 that is added to the output as a bias (tequila: 0.001)
     deadzone_bias: NonNegativeFloat | None = None
     eps: PositiveFloat = 1e-5  # smallest scale of weights, smallest maximum of activations
-    kernel: Literal["reference"] = "reference"  # the plain PyTorch specification
+    # of the gradient in the backward products: integers, 8 rounded stochastically; null: floating
+    gradient_bits: Literal[8, 16, 24] | None = None
+    # what computes b158 and absmedian: plain PyTorch, or fused kernels with the same codes
+    kernel: Literal["auto", "reference", "cpu", "triton"] = "reference"
 
 
 class CorpusConfig(Section):

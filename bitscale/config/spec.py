@@ -10,7 +10,7 @@ With t a tile of the tensor (granularity), m = measure(t), n = numerator:
     multiply     q = n / m,   code = clip(round(t · q)),         t̂ = code / q
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from bitscale.errors import ConfigError
@@ -100,6 +100,9 @@ class QuantSpec:
     # ε at its highest: training adds ε x wᵀ to the output and anneals ε to 0 by the step
     # (arXiv:2601.07892; quant/schedule.py)
     residual: float = 0.0
+    # Bits of the gradient in the backward products; None: floating point. Only where a kernel
+    # computes the layer (kernel_measure)
+    gradient_bits: Literal[8, 16, 24] | None = None
 
     @property
     def learns_scale(self) -> bool:
@@ -234,6 +237,35 @@ def _check_spec(spec: QuantSpec) -> None:
             )
     elif spec.bias == "before":
         raise ConfigError("bias='before' dequantization needs product='codes'")
+    _check_gradient_bits(spec)
+
+
+def _check_gradient_bits(spec: QuantSpec) -> None:
+    if spec.gradient_bits is None:
+        return
+    if spec.gradient_bits not in (8, 16, 24):
+        raise ConfigError(f"gradient_bits={spec.gradient_bits} is none of 8, 16, 24")
+    if kernel_measure(spec) is None:
+        raise ConfigError(
+            f"gradient_bits={spec.gradient_bits} needs b158's codes (or absmedian's): ternary "
+            "with one scale a matrix, activations of 8 bits, rounded half to even; leave it out"
+        )
+
+
+def kernel_measure(spec: QuantSpec) -> Literal["absmean", "absmedian"] | None:
+    """The weight's measure if `bitscale.quant.kernels` computes this specification, else None.
+
+    The kernels know ternary codes by one fp32 scale a matrix and int8 codes by one a token.
+    """
+    eps = spec.weight.eps
+    # A median is the same in any arithmetic.
+    known = (("absmean", "fp64"), ("absmedian", "arithmetic"), ("absmedian", "fp64"))
+    for measure, statistics in known:
+        weight = CodeSpec(measure=measure, statistics=statistics, eps=eps)  # type: ignore[arg-type]
+        rows = CodeSpec("absmax", 127.0, -128, 127, granularity="row", eps=eps)
+        if replace(spec, gradient_bits=None) == QuantSpec(weight=weight, activation=rows):
+            return measure  # type: ignore[return-value]
+    return None
 
 
 def _check_learned(spec: QuantSpec) -> None:

@@ -18,6 +18,7 @@ from bitscale.engine.ds_config import deepspeed_config
 from bitscale.engine.fragments import Fragment
 from bitscale.errors import ConfigError
 from bitscale.mesh import Mesh
+from bitscale.model.bitlinear import forget_weights, prepare_weights, set_kernels
 from bitscale.optim import decayed_and_not
 
 
@@ -31,6 +32,7 @@ class TrainEngine:
 
     def __init__(self, cfg: Config, model: nn.Module, mesh: Mesh) -> None:
         check_world_size(cfg, mesh.world_size)
+        set_kernels(model, cfg.quant.kernel, mesh.device.type)
         self.cfg, self.mesh = cfg, mesh
         self.stage = cfg.engine.zero_stage
         groups = zip(decayed_and_not(model), (True, False), strict=True)
@@ -73,6 +75,7 @@ class TrainEngine:
         """Forward and backward over this rank's micro-batches, then one AdamW update."""
         self._set_hyperparameters(lr, weight_decay)
         self._engine.train()
+        self._prepare_weights()
         batches = list(micro_batches)
         total = torch.zeros((), device=self.mesh.device)
         for micro_batch in batches:
@@ -82,6 +85,7 @@ class TrainEngine:
             if micro_batch is batches[-1]:
                 grad_norm = self._replicated_grad_norm() if self.stage == 0 else None
             self._engine.step()
+        forget_weights(self.module)
         if grad_norm is None:
             grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
         return StepResult(total / len(batches), grad_norm.float())
@@ -90,6 +94,7 @@ class TrainEngine:
     def token_losses(self, batch: EvaluationBatch) -> Tensor:
         """Nats [B, S] of a held-out batch at the present λ, 0 at padding (a collective)."""
         self._engine.eval()
+        self._prepare_weights()
         losses: Tensor = self.module(*self.to_device(batch), reduction="none")
         return losses
 
@@ -113,6 +118,7 @@ class TrainEngine:
     def publish_masters(self) -> None:
         """Make the compute weights follow masters that were written through fragments."""
         fragment_views.publish_masters(self.module, self._wrapper, self.stage)
+        forget_weights(self.module)
 
     @contextlib.contextmanager
     def gathered(self, parameter: nn.Parameter) -> Iterator[Tensor]:
@@ -131,6 +137,12 @@ class TrainEngine:
             name: tuple(getattr(p, "ds_shape", p.shape))
             for name, p in self.module.named_parameters()
         }
+
+    def _prepare_weights(self) -> None:
+        # At stage 3 the weights are there only while their layer runs, and codes kept from one
+        # layer to the next would take the memory that the stage is chosen to save.
+        if self.stage != 3:
+            prepare_weights(self.module)
 
     def _set_hyperparameters(self, lr: float, weight_decay: float) -> None:
         for group in self._adam.param_groups:

@@ -2,46 +2,210 @@
 
 The Parameter is the latent 16- or 32-bit weight and stays the same object for the whole run, so
 an optimizer built before the transition keeps owning it.
+
+Three things are done once instead of several times, with the same result: what concerns the weight
+once per optimizer step (`prepare_weights`), the input once for all layers that read it, and the
+norm before them in one pass with its codes (`shared_input`).
 """
 
 from collections.abc import Iterator
-from typing import cast
+from typing import NamedTuple, cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitscale.config.spec import QuantSpec, kernel_measure
+from bitscale.errors import ConfigError
+from bitscale.model.norms import RMSNorm
+from bitscale.quant.kernels import Kernels, Measure, get_kernels
+from bitscale.quant.kernels.linear import rms_norm_rows, ternary_linear
+from bitscale.quant.learned import initial_scale
 from bitscale.quant.pack import unpack_2bit
+from bitscale.quant.quantizer import Codes
 from bitscale.quant.reference import (
+    Int8Rows,
     Quant,
     Ternary,
+    as_spec,
     bit_linear,
     blend_tokens,
     blend_weight,
     int8_linear,
-    ternary_linear,
+    straight_through,
+    weight_codes,
 )
-from bitscale.quant.schedule import SIXTEEN_BIT, Strength
+from bitscale.quant.reference import ternary_linear as finished_linear
+from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
+
+
+class QuantizedInput(NamedTuple):
+    """An input as the layers that read it will multiply it: see `shared_input`."""
+
+    x_TD: Tensor  # takes the gradient; blended already if `strength`; NaN after a fused norm
+    rows: Int8Rows | None  # λ = 1: the codes
+    strength: float  # λ_a that is in `x_TD` or in the codes; 0: not quantized yet
+
+
+class PreparedWeight(NamedTuple):
+    """What every forward pass of an optimizer step does to a weight in the same way."""
+
+    codes: Ternary | None  # λ = 1, on kernels
+    blended_FD: Tensor | None  # 0 < λ < 1 (or 16-bit activations), on kernels: w_λ
+    specified: Codes | None  # presets that no kernel computes
 
 
 class BitLinear(nn.Linear):
     """y[..., F] = linear(x[..., D]) at the strength last given to `set_strength`.
 
     `rows`: the weight holds several logical matrices of so many rows each, stacked (q, k, v), and
-    each has its own scale; None: one matrix.
+    each has its own scale; None: one matrix. `alpha` [F] is a Parameter if the quantizer learns
+    its scales (paretoq), else None. It exists from the start, so that the optimizer owns it, has a
+    gradient of 0 at λ = 0, and is set from the weight when the transition begins.
     """
 
     quant: Quant
+    spec: QuantSpec  # that follows from `quant`
+    alpha: nn.Parameter | None
     strength: Strength
     rows: tuple[int, ...] | None
+    kernels: Kernels | None  # None: the specification (quant/reference.py) computes this preset
+    prepared: PreparedWeight | None
+    _prepared_for: tuple[object, ...] | None
 
     def __init__(self, d_in: int, d_out: int, quant: Quant, *, bias: bool = False) -> None:
         super().__init__(d_in, d_out, bias=bias)
-        self.quant = quant
-        self.strength = SIXTEEN_BIT
-        self.rows = None
+        spec = as_spec(quant)
+        self._set_up(quant, SIXTEEN_BIT, None, kernels_for("", "reference", "cpu", spec, None))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _set_up(
+        self,
+        quant: Quant,
+        strength: Strength,
+        rows: tuple[int, ...] | None,
+        kernels: Kernels | None,
+    ) -> None:
+        self.quant, self.strength, self.rows = quant, strength, rows
+        self.spec, self.kernels = as_spec(quant), kernels
+        self.prepared = self._prepared_for = None
+        alpha = None
+        if self.spec.learns_scale:
+            scale_F = initial_scale(self.weight).to(self.weight.dtype)
+            alpha = nn.Parameter(scale_F, requires_grad=self.weight.requires_grad)
+        self.register_parameter("alpha", alpha)
+
+    def start_scale(self) -> None:
+        """Give a learned scale its initial value, from the weight as it is."""
+        if self.alpha is not None:
+            with torch.no_grad():
+                self.alpha.copy_(initial_scale(self.weight))
+
+    def forward(self, x: Tensor | QuantizedInput) -> Tensor:
         bias = cast(Tensor | None, self.bias)
-        return bit_linear(x, self.weight, bias, self.strength, self.quant, self.rows)
+        given = self.quantize_input(x) if isinstance(x, Tensor) else x
+        weight = self._weight()
+        if self._kernels is None or self.strength == SIXTEEN_BIT:
+            assert given.strength == 0.0, "this layer quantizes its own input"
+            return bit_linear(
+                given.x_TD,
+                self.weight,
+                bias,
+                self.strength,
+                self.spec,
+                self.rows,
+                alpha_F=self.alpha,
+                codes=None if weight is None else weight.specified,
+            )
+        assert given.strength == self.strength.activation, "the input has another layer's λ"
+        if self.strength == TERNARY:
+            codes = weight.codes if weight is not None else self._ternarize()
+            assert given.rows is not None and codes is not None
+            return ternary_linear(
+                given.x_TD,
+                self.weight,
+                bias,
+                given.rows,
+                codes,
+                self._kernels,
+                bits=self.spec.gradient_bits,
+                main_grad_FD=getattr(self.weight, "main_grad", None),
+            )
+        if self.strength.weight == 0.0:
+            return F.linear(given.x_TD, self.weight, bias)
+        blended_FD = weight.blended_FD if weight is not None else self._blend()
+        assert blended_FD is not None
+        return F.linear(given.x_TD, straight_through(self.weight, blended_FD), bias)
+
+    def quantize_input(self, x_TD: Tensor, norm: nn.Module | None = None) -> QuantizedInput:
+        """x, or norm(x), as this layer multiplies it."""
+        strength, kernels = self.strength.activation, self._kernels
+        if kernels is None or strength == 0.0:
+            return QuantizedInput(x_TD if norm is None else norm(x_TD), None, 0.0)
+        if self.strength != TERNARY:
+            x_TD = x_TD if norm is None else norm(x_TD)
+            blended_TD = kernels.blend_rows(x_TD, self._eps(), strength)
+            return QuantizedInput(straight_through(x_TD, blended_TD), None, strength)
+        if isinstance(norm, RMSNorm):
+            normed = rms_norm_rows(x_TD, norm.weight, norm.eps, self._eps(), kernels)
+            return QuantizedInput(normed.carrier_TD, normed.rows, strength)
+        x_TD = x_TD if norm is None else norm(x_TD)
+        return QuantizedInput(x_TD, kernels.quantize_rows(x_TD, self._eps()), strength)
+
+    def prepare_weight(self) -> None:
+        """Compute what the coming forward passes share, unless it is there already."""
+        made_for = self._made_for()
+        if self._prepared_for != made_for:
+            self.prepared, self._prepared_for = self._prepare(), made_for
+
+    def forget_weight(self) -> None:
+        """The weight has changed, or is about to."""
+        self.prepared = self._prepared_for = None
+
+    def _prepare(self) -> PreparedWeight | None:
+        if self.strength.weight == 0.0:
+            return None
+        if self._kernels is None:
+            if self.spec.weight.rounding == "stochastic":
+                return None  # drawn anew in every forward pass
+            codes = weight_codes(self.weight, self.spec, self.rows, self.alpha)
+            return PreparedWeight(None, None, codes)
+        if self.strength == TERNARY:
+            return PreparedWeight(self._ternarize(), None, None)
+        return PreparedWeight(None, self._blend(), None)
+
+    def _weight(self) -> PreparedWeight | None:
+        # A compiled graph cannot look at versions: there, `prepare_weights` is the caller's duty.
+        if torch.compiler.is_compiling():
+            return self.prepared
+        if self._prepared_for is None or self._prepared_for != self._made_for():
+            return None
+        return self.prepared
+
+    def _made_for(self) -> tuple[object, ...]:
+        parameters = [self.weight] if self.alpha is None else [self.weight, self.alpha]
+        versions = tuple((p._version, p.data_ptr()) for p in parameters)
+        return (versions, self.strength, self.spec)
+
+    @property
+    def _kernels(self) -> Kernels | None:
+        """What computes the layer now: no kernel knows the residual."""
+        return None if self.strength.residual else self.kernels
+
+    def _ternarize(self) -> Ternary:
+        assert self.kernels is not None
+        return self.kernels.ternarize(self.weight, self._measure(), self._eps())
+
+    def _blend(self) -> Tensor:
+        assert self.kernels is not None
+        return self.kernels.blend_weight(
+            self.weight, self._measure(), self._eps(), self.strength.weight
+        )
+
+    def _measure(self) -> Measure:
+        return cast(Measure, self.spec.weight.measure)
+
+    def _eps(self) -> float:
+        return self.spec.weight.eps
 
 
 class BitConv2d(nn.Conv2d):
@@ -55,10 +219,13 @@ class BitConv2d(nn.Conv2d):
     strength: Strength
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Conv2d gave it
-        weight, activation, _ = self.strength
+        weight, activation, residual = self.strength
         w = blend_weight(self.weight.flatten(1), weight, self.quant).view_as(self.weight)
         x = blend_tokens(input.flatten(-3), activation, self.quant).view_as(input)
-        return cast(Tensor, self._conv_forward(x, w, self.bias))
+        y = cast(Tensor, self._conv_forward(x, w, self.bias))
+        if residual == 0.0:
+            return y
+        return torch.add(y, self._conv_forward(input, self.weight, None), alpha=residual)
 
 
 class PackedBitLinear(nn.Module):
@@ -74,7 +241,7 @@ class PackedBitLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         packed, scale = cast(Tensor, self.packed), cast(Tensor, self.scale)
         weight = Ternary(unpack_2bit(packed), scale)
-        return ternary_linear(x, weight, cast(Tensor | None, self.bias), self.quant)
+        return finished_linear(x, weight, cast(Tensor | None, self.bias), self.quant)
 
 
 class Head(nn.Linear):
@@ -91,11 +258,80 @@ class Head(nn.Linear):
         return int8_linear(x, self.weight, strength, self.quant)
 
 
+def shared_input(
+    x_TD: Tensor, norm: nn.Module | None, *layers: nn.Module
+) -> Tensor | QuantizedInput:
+    """norm(x) for `layers`, which all read it: quantized once, if they quantize it alike.
+
+    At λ = 1 an RMSNorm is computed in one pass with the codes, and its output is never stored.
+    """
+    first = layers[0]
+    if isinstance(first, BitLinear) and all(
+        isinstance(layer, BitLinear)
+        and (layer.strength, layer.spec, layer.kernels)
+        == (first.strength, first.spec, first.kernels)
+        for layer in layers
+    ):
+        return first.quantize_input(x_TD, norm)
+    return x_TD if norm is None else cast(Tensor, norm(x_TD))
+
+
 def set_strength(model: nn.Module, strength: Strength) -> None:
     """Give every BitLinear, BitConv2d and head of `model` the λ of this step."""
     for module in model.modules():
         if isinstance(module, BitLinear | BitConv2d | Head):
             module.strength = strength
+
+
+def set_kernels(model: nn.Module, name: str, device_type: str) -> None:
+    """Compute every BitLinear of `model` with the kernels `name`; raises as `kernels_for`."""
+    for path, layer in bit_linears(model):
+        layer.kernels = kernels_for(path, name, device_type, layer.spec, layer.rows)
+        layer.forget_weight()
+
+
+def kernels_for(
+    path: str, name: str, device_type: str, spec: QuantSpec, rows: tuple[int, ...] | None
+) -> Kernels | None:
+    """The table `name` for a layer, or None if the specification computes it: `auto` and
+    `reference` leave to it the presets that no kernel knows, and several matrices in one weight.
+
+    Raises:
+        KernelUnavailable: the kernels do not run on that device.
+        ConfigError: `cpu` or `triton` for what they do not compute.
+    """
+    kernels = get_kernels(name, device_type)
+    if kernel_measure(spec) is not None and rows is None:
+        return kernels
+    if name in ("auto", "reference"):
+        return None
+    raise ConfigError(
+        f"quant.kernel={name!r} computes b158 and absmedian with one matrix a weight, and "
+        f"{path or 'the layer'} has another quantizer or several; use quant.kernel=reference"
+    )
+
+
+def prepare_weights(model: nn.Module) -> None:
+    """Quantize every weight once, for all forward passes until the weights change.
+
+    Call it after `set_strength` and before the micro-batches of a step. Without it every forward
+    pass quantizes for itself, with the same result. A weight that is changed in place, or whose
+    storage or λ is another, is noticed and quantized anew; one that is written through `.data`
+    (DeepSpeed does) is not: call `forget_weights` then.
+    """
+    for _, layer in bit_linears(model):
+        layer.prepare_weight()
+
+
+def forget_weights(model: nn.Module) -> None:
+    """Drop what `prepare_weights` has computed."""
+    for _, layer in bit_linears(model):
+        layer.forget_weight()
+
+
+def is_scale(parameter_name: str) -> bool:
+    """Whether the parameter is a BitLinear's learned scale."""
+    return parameter_name.endswith(".alpha")
 
 
 def bit_linears(model: nn.Module) -> Iterator[tuple[str, BitLinear]]:

@@ -14,7 +14,7 @@ from torch import nn
 from bitscale.config.presets import preset
 from bitscale.config.spec import QuantSpec
 from bitscale.errors import ConfigError
-from bitscale.model.bitlinear import BitConv2d, BitLinear
+from bitscale.model.bitlinear import BitConv2d, BitLinear, kernels_for
 from bitscale.quant.quantizer import tile_counts
 from bitscale.quant.reference import Quant, as_spec
 from bitscale.quant.schedule import TERNARY, Strength
@@ -30,6 +30,7 @@ def bitlinearize(
     exclude: Patterns = (),
     fused: Mapping[str, int | Sequence[int]] | None = None,
     strength: Strength = TERNARY,
+    kernel: str = "reference",
 ) -> tuple[str, ...]:
     """Quantize `model`'s nn.Linear and nn.Conv2d layers in place; returns their names in order.
 
@@ -38,10 +39,13 @@ def bitlinearize(
     layers that are quantized already are left as they are. `fused` tells which weights hold
     several logical matrices stacked by rows, each to have its own scale: {pattern: rows of each},
     or {pattern: number of equal parts}. `strength` is λ from now on (change it with
-    `set_strength`).
+    `set_strength`). `kernel` computes b158 and absmedian on the device where the weights are now:
+    reference, cpu, triton, or auto (`set_kernels` changes it). A preset with learned scales
+    (paretoq) adds a Parameter `alpha` to every layer; an optimizer built before does not own it.
 
-    Raises ConfigError if a pattern matches nothing or nothing is left to convert; for a subclass
-    of the two layers, whose own forward pass would be lost; and if a weight does not fit `spec`.
+    Raises KernelUnavailable if `kernel` does not run there; ConfigError if a pattern matches
+    nothing or nothing is left to convert, for a subclass of the two layers, whose own forward
+    pass would be lost, and if a weight does not fit `spec` or `kernel`.
     """
     resolved = preset(spec) if isinstance(spec, str) else as_spec(spec)
     kept = resolved if isinstance(spec, str) else spec
@@ -51,20 +55,25 @@ def bitlinearize(
     for name, layer in chosen.items():
         _check_layer(name, layer, resolved, parts.get(name))
     _check_fast_path(model, chosen)
+    tables = {
+        name: kernels_for(name, kernel, layer.weight.device.type, resolved, parts.get(name))
+        for name, layer in chosen.items()
+        if isinstance(layer, nn.Linear)
+    }
     for name, layer in chosen.items():
         if isinstance(layer, nn.Linear):
             layer.__class__ = BitLinear
-            layer.rows = parts.get(name)  # type: ignore[assignment]
+            layer._set_up(kept, strength, parts.get(name), tables[name])  # type: ignore[operator]
         else:
             layer.__class__ = BitConv2d
-        layer.quant, layer.strength = kept, strength  # type: ignore[assignment]
+            layer.quant, layer.strength = kept, strength  # type: ignore[assignment]
     return tuple(chosen)
 
 
 def unbitlinearize(model: nn.Module) -> tuple[str, ...]:
     """Turn every BitLinear and BitConv2d of `model` back in place; returns their names in order.
 
-    Weights keep their latent values: the model is the 16-bit one again.
+    Weights keep their latent values: the model is the 16-bit one again; learned scales are gone.
     """
     converted = [
         (name, module)
@@ -73,8 +82,9 @@ def unbitlinearize(model: nn.Module) -> tuple[str, ...]:
     ]
     for _, module in converted:
         module.__class__ = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d  # type: ignore[assignment]
-        for attribute in ("quant", "strength", "rows"):
+        for attribute in BitLinear.__annotations__:
             module.__dict__.pop(attribute, None)
+        module._parameters.pop("alpha", None)
     return tuple(name for name, _ in converted)
 
 
@@ -156,6 +166,11 @@ def _check_layer(
             f"lost or which its parent may not call; exclude it (exclude={name!r})"
         )
     rows_only = spec.norm != "none" or spec.product == "codes" or spec.hadamard is not None
+    if isinstance(layer, nn.Conv2d) and (spec.learns_scale or spec.deadzone_bias):
+        raise ConfigError(
+            f"bitlinearize: {name} is a Conv2d, for which learned scales and the bias of dead "
+            "weights are not defined; exclude it or use another preset"
+        )
     if isinstance(layer, nn.Conv2d) and rows_only:
         raise ConfigError(
             f"bitlinearize: {name} is a Conv2d, for which norm={spec.norm!r} with "

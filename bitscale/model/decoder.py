@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitscale.config import ModelConfig, QuantConfig
-from bitscale.model.bitlinear import Head
-from bitscale.model.layers import MLP, Attention, Rotary, make_norm
+from bitscale.model.bitlinear import Head, bit_linears, shared_input
+from bitscale.model.layers import MLP, Attention, Rotary
+from bitscale.model.norms import make_norm
 
 IGNORED_TARGET = -100  # F.cross_entropy's default ignore_index
 
@@ -33,8 +34,10 @@ class Block(nn.Module):
     def forward(
         self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor, mask_B1SS: Tensor | None
     ) -> Tensor:
-        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), cos_SE, sin_SE, mask_B1SS)
-        return x_BSD + cast(Tensor, self.mlp(self.mlp_norm(x_BSD)))
+        h = shared_input(x_BSD, self.attn_norm, *self.attn.readers())
+        x_BSD = x_BSD + self.attn(h, cos_SE, sin_SE, mask_B1SS)
+        h = shared_input(x_BSD, self.mlp_norm, *self.mlp.readers())
+        return x_BSD + cast(Tensor, self.mlp(h))
 
 
 class Decoder(nn.Module):
@@ -76,6 +79,8 @@ class Decoder(nn.Module):
                     parameter.normal_(
                         0.0, residual_std if back else m.init_std, generator=generator
                     )
+        for _, layer in bit_linears(self):
+            layer.start_scale()
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Norms, rotary embedding, attention and feed-forward of the decoder.
+"""Rotary embedding, attention and feed-forward of the decoder.
 
 Shapes: B batch, S sequence, D model width, H heads, K key/value heads, E head width,
 F feed-forward width.
@@ -12,40 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitscale.config import ModelConfig, QuantConfig, RopeScaling
-from bitscale.model.bitlinear import BitLinear
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight, the statistics in fp32 (arXiv:1910.07467)."""
-
-    def __init__(self, width: int, eps: float, *, affine: bool = True) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width)) if affine else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
-        h = (h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + self.eps)).to(x.dtype)
-        return h if self.weight is None else h * self.weight
-
-
-class LayerNorm(nn.Module):
-    """(x − mean) / sqrt(var + eps) · weight, no bias; without weight it is OLMo-1B's norm."""
-
-    def __init__(self, width: int, eps: float, *, affine: bool) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width)) if affine else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.layer_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
-        return h if self.weight is None else h * self.weight
-
-
-def make_norm(m: ModelConfig) -> nn.Module:
-    if m.norm == "layernorm":
-        return LayerNorm(m.d_model, m.norm_eps, affine=m.norm_affine)
-    return RMSNorm(m.d_model, m.norm_eps, affine=m.norm_affine)
+from bitscale.model.bitlinear import BitLinear, QuantizedInput, shared_input
+from bitscale.model.norms import RMSNorm
 
 
 class Rotary(nn.Module):
@@ -107,17 +75,22 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_width, m.norm_eps) if m.qk_norm else None
         self.sub_norm = RMSNorm(m.d_model, m.norm_eps) if m.sub_norm else None
 
+    def readers(self) -> tuple[nn.Module, ...]:
+        """The layers that read the block's normed input."""
+        return self.q, self.k, self.v
+
     def forward(
-        self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor, mask_B1SS: Tensor | None
+        self, x: Tensor | QuantizedInput, cos_SE: Tensor, sin_SE: Tensor, mask_B1SS: Tensor | None
     ) -> Tensor:
-        batch, seq_len, _ = x_BSD.shape
+        """`x` [B, S, D], as `shared_input` gives it to `readers()`."""
+        batch, seq_len, _ = (x if isinstance(x, Tensor) else x.x_TD).shape
 
         def split(y: Tensor, heads: int) -> Tensor:
             return y.view(batch, seq_len, heads, self.head_width)
 
-        q_BSHE = split(self.q(x_BSD), self.num_heads)
-        k_BSKE = split(self.k(x_BSD), self.num_kv_heads)
-        v_BSKE = split(self.v(x_BSD), self.num_kv_heads)
+        q_BSHE = split(self.q(x), self.num_heads)
+        k_BSKE = split(self.k(x), self.num_kv_heads)
+        v_BSKE = split(self.v(x), self.num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHE, k_BSKE = self.q_norm(q_BSHE), self.k_norm(k_BSKE)
         q_BHSE = rotate(q_BSHE.transpose(1, 2), cos_SE, sin_SE)
@@ -131,9 +104,7 @@ class Attention(nn.Module):
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         out_BSD = out_BHSE.transpose(1, 2).reshape(batch, seq_len, -1)
-        if self.sub_norm is not None:
-            out_BSD = self.sub_norm(out_BSD)
-        return cast(Tensor, self.o(out_BSD))
+        return cast(Tensor, self.o(shared_input(out_BSD, self.sub_norm, self.o)))
 
 
 class MLP(nn.Module):
@@ -148,14 +119,17 @@ class MLP(nn.Module):
         self.down = BitLinear(m.d_ff, m.d_model, quant, bias=m.bias)
         self.sub_norm = RMSNorm(m.d_ff, m.norm_eps) if m.sub_norm else None
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        up_BSF = self.up(x_BSD)
+    def readers(self) -> tuple[nn.Module, ...]:
+        """The layers that read the block's normed input."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
+
+    def forward(self, x: Tensor | QuantizedInput) -> Tensor:
+        """`x` [B, S, D], as `shared_input` gives it to `readers()`."""
+        up_BSF = self.up(x)
         if self.gate is None:
             h_BSF = F.relu(up_BSF).square()
         elif self.kind == "swiglu":
-            h_BSF = F.silu(self.gate(x_BSD)) * up_BSF
+            h_BSF = F.silu(self.gate(x)) * up_BSF
         else:
-            h_BSF = F.relu(self.gate(x_BSD)).square() * up_BSF
-        if self.sub_norm is not None:
-            h_BSF = self.sub_norm(h_BSF)
-        return cast(Tensor, self.down(h_BSF))
+            h_BSF = F.relu(self.gate(x)).square() * up_BSF
+        return cast(Tensor, self.down(shared_input(h_BSF, self.sub_norm, self.down)))

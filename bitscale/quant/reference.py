@@ -78,6 +78,22 @@ def ternarize(
     return Ternary(codes.codes, step(codes, part))
 
 
+def weight_codes(
+    w_FD: Tensor,
+    quant: Quant,
+    rows: Sequence[int] | None = None,
+    alpha_F: Tensor | None = None,
+) -> Codes:
+    """The codes that `bit_linear` makes of a weight, to be made once for several calls."""
+    spec = as_spec(quant)
+    return _quantize_weight(_rotate(w_FD.detach(), spec), spec.weight, rows, alpha_F=alpha_F)
+
+
+def straight_through(latent: Tensor, quantized: Tensor) -> Tensor:
+    """`quantized` in the dtype of `latent`, which receives its gradient whole."""
+    return cast(Tensor, _StraightThrough.apply(latent, quantized, 1.0))  # type: ignore[no-untyped-call]
+
+
 def quantize_rows(x_TD: Tensor, eps: float) -> Int8Rows:
     """b158's int8 codes of each row (token) by its own absolute maximum."""
     part = INT8_ROWS if eps == INT8_ROWS.eps else CodeSpec(**{**vars(INT8_ROWS), "eps": eps})
@@ -93,6 +109,7 @@ def bit_linear(
     rows: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     alpha_F: Tensor | None = None,
+    codes: Codes | None = None,
 ) -> Tensor:
     """Linear layer at quantization strength λ; same dtype and leading shape as `x_TD`.
 
@@ -100,7 +117,7 @@ def bit_linear(
     if the spec says `gradient: clip`). λ = 0 is bitwise `F.linear`, after the spec's norm if it
     has one. At λ = 1 and `product: integer` codes are multiplied, summed exactly and dequantized
     once. `rows`, `generator` and `alpha_F` as in `ternarize`; α gets a gradient of 0 at λ = 0.
-    A residual strength ε adds ε x wᵀ.
+    `codes` are those of `weight_codes`, if the caller has them. A residual strength ε adds ε x wᵀ.
 
     Raises:
         ValueError: λ = 1 with more inputs than fp32 can sum exactly (131,072 for b158); learned
@@ -114,7 +131,9 @@ def bit_linear(
     if strength.weight == 0.0 and (strength.activation == 0.0 or spec.activation is None):
         y_TF = F.linear(x_TD, w_FD, bias_F)
     else:
-        y_TF = _quantized_linear(x_TD, w_FD, bias_F, strength, spec, rows, generator, alpha_F)
+        y_TF = _quantized_linear(
+            x_TD, w_FD, bias_F, strength, spec, rows, generator, alpha_F, codes
+        )
     if strength.residual == 0.0:
         return y_TF
     return torch.add(y_TF, F.linear(x_TD, w_FD), alpha=strength.residual)
@@ -129,13 +148,16 @@ def _quantized_linear(
     rows: Sequence[int] | None,
     generator: torch.Generator | None,
     alpha_F: Tensor | None,
+    codes: Codes | None,
 ) -> Tensor:
     """`bit_linear` where something is quantized, without norm and residual."""
     weight, activation, _ = strength
     if spec.activation is None:
         activation = 0.0
     x_TD, w_FD = _rotate(x_TD, spec), _rotate(w_FD, spec)
-    w_codes = _quantize_weight(w_FD, spec.weight, rows, generator, alpha_F) if weight else None
+    w_codes = None
+    if weight:
+        w_codes = codes or _quantize_weight(w_FD, spec.weight, rows, generator, alpha_F)
     if w_codes is not None:
         bias_F = _with_deadzone(bias_F, w_FD, w_codes, weight, spec)
         w_FD = _masked_gradient(w_FD, w_codes, spec, alpha_F)

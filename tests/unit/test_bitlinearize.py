@@ -194,7 +194,8 @@ def test_fused_matrices_get_a_scale_each(fused: dict[str, Any]) -> None:
     assert not torch.equal(
         bit_linear(x, model.qkv.weight, None, TERNARY, preset("b158")), model.qkv(x)
     )
-    assert set(vars(model.qkv)) - set(vars(tiny().qkv)) == {"quant", "strength", "rows"}
+    added = set(BitLinear.__annotations__) - {"alpha"}  # a Parameter, if there is one
+    assert set(vars(model.qkv)) - set(vars(tiny().qkv)) == added
     unbitlinearize(model)
     assert vars(model.qkv).keys() == vars(tiny().qkv).keys()
 

@@ -17,6 +17,7 @@ from bitscale.model.bitlinear import (
     BitLinear,
     Head,
     PackedBitLinear,
+    QuantizedInput,
     bit_linears,
     set_strength,
 )
@@ -24,12 +25,11 @@ from bitscale.model.decoder import IGNORED_TARGET, Decoder, same_document_mask
 from bitscale.model.layers import (
     MLP,
     Attention,
-    LayerNorm,
-    RMSNorm,
     Rotary,
     rotary_frequencies,
     rotate,
 )
+from bitscale.model.norms import LayerNorm, RMSNorm
 from bitscale.quant.pack import pack_2bit
 from bitscale.quant.reference import int8_linear, ternarize
 from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
@@ -276,11 +276,12 @@ def test_norms_against_torch(affine: bool) -> None:
 @torch.no_grad()
 def test_sub_norm_precedes_the_output_and_down_projections() -> None:
     model = make_decoder(sub_norm=True)
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[str, QuantizedInput] = {}
     for name, layer in bit_linears(model):
         layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
     model.logits(tokens())
-    for name, x in inputs.items():
+    assert all(given.strength == 0.0 for given in inputs.values())
+    for name, (x, _, _) in inputs.items():
         rms = x.square().mean(dim=-1).sqrt()
         normalized = torch.allclose(rms, torch.ones_like(rms), atol=1e-2)
         assert normalized, name  # the other projections follow the blocks' own norms
@@ -288,7 +289,7 @@ def test_sub_norm_precedes_the_output_and_down_projections() -> None:
     plain = make_decoder()
     plain.layers[0].attn.o.register_forward_pre_hook(lambda _, args: inputs.update(o=args[0]))
     plain.logits(tokens())
-    assert not torch.allclose(inputs["o"].square().mean(dim=-1), torch.ones(2, 24), atol=1e-1)
+    assert not torch.allclose(inputs["o"].x_TD.square().mean(dim=-1), torch.ones(2, 24), atol=1e-1)
 
 
 # --- Parameters ---

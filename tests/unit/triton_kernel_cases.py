@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bitscale.errors import KernelUnavailable
-from bitscale.quant.kernels import get_kernels, plain, tiles, triton_gemm
+from bitscale.quant.kernels import get_kernels, plain, plain_backward, tiles, triton_gemm
 from bitscale.quant.kernels.linear import ternary_linear
 from bitscale.quant.kernels.table import Measure
 from bitscale.quant.kernels.tiles import Rule, Tile
@@ -321,10 +321,10 @@ def test_gradient_of_the_input(T: int, D: int, F: int, dtype: torch.dtype) -> No
     _, weight, grad_TF = operands(T, D, F, dtype)
     w_FD = weight.codes_FD.double() * weight.scale.double()
     exact_TD = grad_TF.double() @ w_FD
-    got = TRITON.input_grad(among_nans(grad_TF), weight)
+    got = TRITON.input_grad(among_nans(grad_TF), weight, None)
     assert (got.dtype, got.shape) == (dtype, (T, D))
     assert error(got, exact_TD) <= naive_tolerance(grad_TF, w_FD, exact_TD)
-    want = plain.input_grad(grad_TF, weight)
+    want = plain_backward.input_grad(grad_TF, weight, None)
     assert error(got, want.double()) <= 1e-2 * float(want.double().norm())
 
 
@@ -336,10 +336,10 @@ def test_gradient_of_the_weight(T: int, D: int, F: int, dtype: torch.dtype) -> N
     exact_FD = grad_TF.double().T @ x_hat_TD
     tolerance = naive_tolerance(grad_TF.T, x_hat_TD, exact_FD)
     for out in (dtype, torch.float32):
-        got = TRITON.weight_grad(among_nans(grad_TF), x, out, None)
+        got = TRITON.weight_grad(among_nans(grad_TF), x, out, None, None)
         assert (got.dtype, got.shape) == (out, (F, D))
         assert error(got, exact_FD) <= tolerance + 1e-12
-    want = plain.weight_grad(grad_TF, x, torch.float32, None)
+    want = plain_backward.weight_grad(grad_TF, x, torch.float32, None, None)
     assert error(got, want.double()) <= 1e-2 * float(want.double().norm())
 
 
@@ -349,9 +349,9 @@ def test_gradient_of_the_weight_accumulates_in_fp32(dtype: torch.dtype) -> None:
     buffer = gaussian(3, 130, 96, seed=5)
     before = buffer.clone()
     main_grad_FD = buffer[1]
-    got = TRITON.weight_grad(grad_TF, x, dtype, main_grad_FD)
+    got = TRITON.weight_grad(grad_TF, x, dtype, main_grad_FD, None)
     assert got is main_grad_FD
-    alone = TRITON.weight_grad(grad_TF, x, torch.float32, None)
+    alone = TRITON.weight_grad(grad_TF, x, torch.float32, None, None)
     assert_same(got, before[1] + alone)
     assert_same(buffer[::2], before[::2])
 
@@ -370,19 +370,20 @@ def test_every_backward_tile(rules: tuple[Rule, ...], dtype: torch.dtype) -> Non
     exact_TD = grad_TF.double() @ (weight.codes_FD.double() * weight.scale.double())
     exact_FD = grad_TF.double().T @ (x.codes_TD.double() * x.scale_T1.double())
     for tile in (rule.tile for rule in rules):
-        got_TD = triton_gemm.input_grad(grad_TF, weight, tile)
+        got_TD = triton_gemm.input_grad(grad_TF, weight, None, tile)
         assert error(got_TD, exact_TD) < 1e-3 * float(exact_TD.norm())
         for main_grad_FD in (None, torch.zeros(260, 144, device=DEVICE)):
-            got_FD = triton_gemm.weight_grad(grad_TF, x, torch.float32, main_grad_FD, tile)
+            got_FD = triton_gemm.weight_grad(grad_TF, x, torch.float32, main_grad_FD, None, tile)
             assert error(got_FD, exact_FD) < 1e-3 * float(exact_FD.norm())
 
 
 def test_empty_batch() -> None:
     x, weight, grad_TF = operands(0, 30, 20, torch.float32)
     assert TRITON.integer_linear(x, weight, None, torch.bfloat16).shape == (0, 20)
-    assert TRITON.input_grad(grad_TF, weight).shape == (0, 30)
+    assert TRITON.input_grad(grad_TF, weight, None).shape == (0, 30)
     assert_same(
-        TRITON.weight_grad(grad_TF, x, torch.float32, None), torch.zeros(20, 30, device=DEVICE)
+        TRITON.weight_grad(grad_TF, x, torch.float32, None, None),
+        torch.zeros(20, 30, device=DEVICE),
     )
 
 
@@ -466,9 +467,9 @@ def test_layer_adds_to_main_grad_over_micro_batches() -> None:
     for seed in range(2):
         x_TD, grad_TF = gaussian(9, 48, seed=seed), gaussian(9, 33, seed=seed + 5)
         x = TRITON.quantize_rows(x_TD, EPS)
-        y_TF = ternary_linear(x_TD, w_FD, None, x, weight, TRITON, main_grad_FD)
+        y_TF = ternary_linear(x_TD, w_FD, None, x, weight, TRITON, main_grad_FD=main_grad_FD)
         y_TF.backward(grad_TF)
-        want = want + plain.weight_grad(grad_TF, x, torch.float32, None)
+        want = want + plain_backward.weight_grad(grad_TF, x, torch.float32, None, None)
     assert w_FD.grad is None
     torch.testing.assert_close(main_grad_FD, want, rtol=1e-5, atol=1e-5)
 

@@ -1,15 +1,22 @@
-"""The λ = 1 linear layer on a table of kernels.
+"""The λ = 1 linear layer, and the norm before it, on a table of kernels.
 
 Shapes: T tokens (all leading dimensions), D inputs, F outputs.
 """
 
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from bitscale.quant.kernels.table import Kernels
+from bitscale.quant.kernels.table import GradientBits, Kernels
 from bitscale.quant.reference import MAX_EXACT_INPUTS, Int8Rows, Ternary
+
+
+class NormedInput(NamedTuple):
+    """The codes of RMSNorm(x), without RMSNorm(x) itself."""
+
+    carrier_TD: Tensor  # takes the gradient with respect to the normed rows; its values are NaN
+    rows: Int8Rows
 
 
 def ternary_linear(
@@ -19,6 +26,8 @@ def ternary_linear(
     x: Int8Rows,
     weight: Ternary,
     kernels: Kernels,
+    *,
+    bits: GradientBits = None,
     main_grad_FD: Tensor | None = None,
 ) -> Tensor:
     """y [T, F] in the dtype of `x_TD`, from codes that the caller made with `kernels`.
@@ -26,8 +35,11 @@ def ternary_linear(
     `x_TD` and `w_FD` (the latent weight) only receive the gradients, straight through. Layers
     that read one input share its codes `x`, and the codes of a weight serve every micro-batch of
     a step. Saved for backward are the codes and scales: D + 4 bytes a token for each distinct
-    input. With `main_grad_FD` (fp32) the gradient of the weight is added to it, and `w_FD`
-    receives none.
+    input. `bits`: of the gradient in the backward products (plain_backward.py).
+
+    With `main_grad_FD` (fp32) the gradient of the weight is added to it. Then `w_FD` receives
+    none, unless it has Megatron's attribute `grad_added_to_main_grad`: that is set, and `w_FD`
+    receives an uninitialized gradient, whose arrival is what Megatron waits for.
 
     Raises:
         ValueError: more inputs than fp32 can sum exactly.
@@ -38,15 +50,26 @@ def ternary_linear(
             "products fp32 holds exactly; split the matrix"
         )
     y_TF = _TernaryLinear.apply(  # type: ignore[no-untyped-call]
-        x_TD, w_FD, bias_F, *x, *weight, kernels, main_grad_FD
+        x_TD, w_FD, bias_F, *x, *weight, kernels, bits, main_grad_FD
     )
     return cast(Tensor, y_TF)
+
+
+def rms_norm_rows(
+    x_TD: Tensor, weight_D: Tensor | None, norm_eps: float, eps: float, kernels: Kernels
+) -> NormedInput:
+    """Codes of RMSNorm(x) in one pass; saved for backward are x, which is the residual stream
+    anyway, and 4 bytes a token."""
+    carrier_TD, codes_TD, scale_T1 = _NormRows.apply(  # type: ignore[no-untyped-call]
+        x_TD, weight_D, norm_eps, eps, kernels
+    )
+    return NormedInput(carrier_TD, Int8Rows(codes_TD, scale_T1))
 
 
 class _TernaryLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         x_TD: Tensor,
         w_FD: Tensor,
         bias_F: Tensor | None,
@@ -55,32 +78,68 @@ class _TernaryLinear(torch.autograd.Function):
         w_codes_FD: Tensor,
         w_scale: Tensor,
         kernels: Kernels,
+        bits: GradientBits,
         main_grad_FD: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x_codes_TD, x_scale_T1, w_codes_FD, w_scale)
-        ctx.kernels, ctx.main_grad_FD = kernels, main_grad_FD  # type: ignore[attr-defined]
-        ctx.weight_dtype = w_FD.dtype  # type: ignore[attr-defined]
+        ctx.kernels, ctx.bits, ctx.main_grad_FD = kernels, bits, main_grad_FD
+        ctx.weight_dtype = w_FD.dtype
+        ctx.weight = None if main_grad_FD is None else w_FD
         x, weight = Int8Rows(x_codes_TD, x_scale_T1), Ternary(w_codes_FD, w_scale)
         return kernels.integer_linear(x, weight, bias_F, x_TD.dtype)
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        x_codes_TD, x_scale_T1, w_codes_FD, w_scale = ctx.saved_tensors  # type: ignore[attr-defined]
-        needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
-        kernels: Kernels = ctx.kernels  # type: ignore[attr-defined]
-        main_grad_FD: Tensor | None = ctx.main_grad_FD  # type: ignore[attr-defined]
-        dtype: torch.dtype = ctx.weight_dtype  # type: ignore[attr-defined]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_codes_TD, x_scale_T1, w_codes_FD, w_scale = ctx.saved_tensors
+        needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
         grad_TF = grads[0]
         grad_x = grad_w = grad_bias = None
         if needs_x:
-            grad_x = kernels.input_grad(grad_TF, Ternary(w_codes_FD, w_scale))
+            grad_x = ctx.kernels.input_grad(grad_TF, Ternary(w_codes_FD, w_scale), ctx.bits)
         if needs_w:
-            x = Int8Rows(x_codes_TD, x_scale_T1)
-            grad_w = kernels.weight_grad(grad_TF, x, dtype, main_grad_FD)
+            grad_w = ctx.kernels.weight_grad(
+                grad_TF,
+                Int8Rows(x_codes_TD, x_scale_T1),
+                ctx.weight_dtype,
+                ctx.main_grad_FD,
+                ctx.bits,
+            )
+            if ctx.main_grad_FD is not None:
+                grad_w = _placeholder(ctx.weight)
         if needs_bias:
-            grad_bias = grad_TF.flatten(0, -2).sum(0, dtype=torch.float32).to(dtype)
-        if main_grad_FD is not None:
-            grad_w = None
-        return grad_x, grad_w, grad_bias, None, None, None, None, None, None
+            grad_bias = grad_TF.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.weight_dtype)
+        return grad_x, grad_w, grad_bias, None, None, None, None, None, None, None
+
+
+def _placeholder(weight: Tensor) -> Tensor | None:
+    """What `weight` receives as its gradient when that went into main_grad."""
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
+
+
+class _NormRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weight_D: Tensor | None,
+        norm_eps: float,
+        eps: float,
+        kernels: Kernels,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        codes_TD, scale_T1, rstd_T1 = kernels.rms_norm_quantize_rows(x_TD, weight_D, norm_eps, eps)
+        ctx.save_for_backward(x_TD, weight_D, rstd_T1)
+        ctx.kernels = kernels
+        ctx.mark_non_differentiable(codes_TD, scale_T1)
+        dtype = x_TD.dtype if weight_D is None else torch.promote_types(x_TD.dtype, weight_D.dtype)
+        # One value seen as a matrix: it has no memory of its own, and whoever reads it notices.
+        carrier_TD = x_TD.new_full((), float("nan"), dtype=dtype).expand(x_TD.shape)
+        return carrier_TD, codes_TD, scale_T1
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_D, rstd_T1 = ctx.saved_tensors
+        grad_x, grad_weight = ctx.kernels.rms_norm_grad(grads[0], x_TD, rstd_T1, weight_D)
+        return grad_x, grad_weight, None, None, None

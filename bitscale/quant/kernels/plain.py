@@ -1,4 +1,4 @@
-"""The kernels' specification in plain PyTorch: `kernel: reference`.
+"""The kernels' specification in plain PyTorch: `kernel: reference`. Backward: plain_backward.py.
 
 Shapes: T tokens (all leading dimensions), D inputs, F outputs of a linear layer. The formulas of
 codes and scales are those of `bitscale.quant.reference`; here is what training does with them.
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitscale.config import QuantConfig
 from bitscale.quant import reference
+from bitscale.quant.kernels.plain_backward import input_grad, rms_norm_grad, weight_grad
 from bitscale.quant.kernels.table import Kernels, Measure, NormedRows
 from bitscale.quant.reference import Int8Rows, Ternary
 
@@ -49,24 +50,6 @@ def integer_linear(
     return (y_TF if bias_F is None else y_TF + bias_F.float()).to(dtype)
 
 
-def input_grad(grad_TF: Tensor, weight: Ternary) -> Tensor:
-    """∂L/∂x [T, D] = (grad @ codes) · s, summed in fp32, in the dtype of `grad_TF`."""
-    grad_TD = grad_TF.float() @ weight.codes_FD.float()
-    return (grad_TD * weight.scale).to(grad_TF.dtype)
-
-
-def weight_grad(
-    grad_TF: Tensor, x: Int8Rows, dtype: torch.dtype, main_grad_FD: Tensor | None
-) -> Tensor:
-    """∂L/∂w [F, D] = gradᵀ @ (codes · r), summed in fp32, in `dtype`.
-
-    With `main_grad_FD` (fp32) the sum is added to it in place, and it is returned.
-    """
-    x_hat_TD = (x.codes_TD.float() * x.scale_T1).flatten(0, -2)
-    grad_FD = grad_TF.float().flatten(0, -2).T @ x_hat_TD
-    return grad_FD.to(dtype) if main_grad_FD is None else main_grad_FD.add_(grad_FD)
-
-
 def blend_weight(w_FD: Tensor, measure: Measure, eps: float, strength: float) -> Tensor:
     """w + λ (ŵ − w) in fp32, in the dtype of `w_FD`; λ in (0, 1]."""
     codes_FD, scale = ternarize(w_FD, measure, eps)
@@ -96,6 +79,7 @@ KERNELS = Kernels(
     integer_linear=integer_linear,
     input_grad=input_grad,
     weight_grad=weight_grad,
+    rms_norm_grad=rms_norm_grad,
     blend_weight=blend_weight,
     blend_rows=blend_rows,
 )

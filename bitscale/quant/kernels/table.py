@@ -12,6 +12,8 @@ from torch import Tensor
 from bitscale.quant.reference import Int8Rows, Ternary
 
 Measure = Literal["absmean", "absmedian"]
+# Of the gradient in the backward products; None: floating point (plain_backward.py).
+GradientBits = Literal[8, 16, 24] | None
 
 
 class NormedRows(NamedTuple):
@@ -25,7 +27,8 @@ class NormedRows(NamedTuple):
 class Kernels(NamedTuple):
     """The functions of one implementation. None of them waits for the device.
 
-    Their contracts are the docstrings of `plain.py`, whose functions are the specification.
+    Their contracts are the docstrings of `plain.py` and `plain_backward.py`, whose functions are
+    the specification.
     """
 
     name: str
@@ -37,10 +40,12 @@ class Kernels(NamedTuple):
     rms_norm_quantize_rows: Callable[[Tensor, Tensor | None, float, float], NormedRows]
     # (x, weight, bias_F or None, dtype of the result)
     integer_linear: Callable[[Int8Rows, Ternary, Tensor | None, torch.dtype], Tensor]
-    # (grad_TF, weight) -> grad_TD
-    input_grad: Callable[[Tensor, Ternary], Tensor]
-    # (grad_TF, x, dtype of the result, fp32 main_grad_FD to add to instead, or None)
-    weight_grad: Callable[[Tensor, Int8Rows, torch.dtype, Tensor | None], Tensor]
+    # (grad_TF, weight, bits) -> grad_TD
+    input_grad: Callable[[Tensor, Ternary, GradientBits], Tensor]
+    # (grad_TF, x, dtype of the result, fp32 main_grad_FD to add to instead, or None, bits)
+    weight_grad: Callable[[Tensor, Int8Rows, torch.dtype, Tensor | None, GradientBits], Tensor]
+    # (grad of the normed rows, x_TD, rstd_T1, norm weight_D or None) -> (grad_x, grad_weight)
+    rms_norm_grad: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
     # (w_FD, measure, eps, λ)
     blend_weight: Callable[[Tensor, Measure, float, float], Tensor]
     # (x_TD, eps, λ)

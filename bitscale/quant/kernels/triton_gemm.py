@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitscale.quant.kernels import plain_backward
+from bitscale.quant.kernels.table import GradientBits
 from bitscale.quant.kernels.tiles import Tile, backward_tile, forward_tile
 from bitscale.quant.kernels.triton_common import LAUNCH, as_operand, round_to, rows_of
 from bitscale.quant.reference import Int8Rows, Ternary
@@ -38,8 +40,12 @@ def integer_linear(
     return y_TF.view(*x.codes_TD.shape[:-1], F)
 
 
-def input_grad(grad_TF: Tensor, weight: Ternary, tile: Tile | None = None) -> Tensor:
+def input_grad(
+    grad_TF: Tensor, weight: Ternary, bits: GradientBits = None, tile: Tile | None = None
+) -> Tensor:
     """Twin of `plain.input_grad`; 16-bit gradients are multiplied in 16 bit."""
+    if bits is not None:
+        return plain_backward.input_grad(grad_TF, weight, bits)
     g_TF, w_FD = rows_of(grad_TF), rows_of(weight.codes_FD)
     (T, F), D = g_TF.shape, w_FD.shape[1]
     grad_TD = torch.empty((T, D), dtype=grad_TF.dtype, device=grad_TF.device)
@@ -58,9 +64,12 @@ def weight_grad(
     x: Int8Rows,
     dtype: torch.dtype,
     main_grad_FD: Tensor | None,
+    bits: GradientBits = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """Twin of `plain.weight_grad`; 16-bit gradients are multiplied in 16 bit."""
+    if bits is not None:
+        return plain_backward.weight_grad(grad_TF, x, dtype, main_grad_FD, bits)
     g_TF, x_TD = rows_of(grad_TF), rows_of(x.codes_TD)
     (T, F), D = g_TF.shape, x_TD.shape[1]
     if main_grad_FD is None:
