@@ -54,13 +54,11 @@ class PreparedWeight(NamedTuple):
     specified: Codes | None  # presets that no kernel computes
 
 
-class BitLinear(nn.Linear):
-    """y[..., F] = linear(x[..., D]) at the strength last given to `set_strength`.
+class QuantizedLinear:
+    """What every linear layer at strength λ does, whatever module holds its weight and bias."""
 
-    `rows`: the weight holds several logical matrices of so many rows each, stacked (q, k, v), and
-    each has its own scale; None: one matrix.
-    """
-
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     quant: Quant
     spec: QuantSpec  # that follows from `quant`
     strength: Strength
@@ -68,11 +66,6 @@ class BitLinear(nn.Linear):
     kernels: Kernels | None  # None: the specification (quant/reference.py) computes this preset
     prepared: PreparedWeight | None
     _prepared_for: tuple[object, ...] | None
-
-    def __init__(self, d_in: int, d_out: int, quant: Quant, *, bias: bool = False) -> None:
-        super().__init__(d_in, d_out, bias=bias)
-        spec = as_spec(quant)
-        self._set_up(quant, SIXTEEN_BIT, None, kernels_for("", "reference", "cpu", spec, None))
 
     def _set_up(
         self,
@@ -86,14 +79,19 @@ class BitLinear(nn.Linear):
         self.prepared = self._prepared_for = None
 
     def forward(self, x: Tensor | QuantizedInput) -> Tensor:
-        bias = cast(Tensor | None, self.bias)
         given = self.quantize_input(x) if isinstance(x, Tensor) else x
         weight = self._weight()
         if self.kernels is None or self.strength == SIXTEEN_BIT:
             assert given.strength == 0.0, "this layer quantizes its own input"
             specified = None if weight is None else weight.specified
             return bit_linear(
-                given.x_TD, self.weight, bias, self.strength, self.spec, self.rows, codes=specified
+                given.x_TD,
+                self.weight,
+                self.bias,
+                self.strength,
+                self.spec,
+                self.rows,
+                codes=specified,
             )
         assert given.strength == self.strength.activation, "the input has another layer's λ"
         if self.strength == TERNARY:
@@ -102,7 +100,7 @@ class BitLinear(nn.Linear):
             return ternary_linear(
                 given.x_TD,
                 self.weight,
-                bias,
+                self.bias,
                 given.rows,
                 codes,
                 self.kernels,
@@ -110,10 +108,10 @@ class BitLinear(nn.Linear):
                 main_grad_FD=getattr(self.weight, "main_grad", None),
             )
         if self.strength.weight == 0.0:
-            return F.linear(given.x_TD, self.weight, bias)
+            return F.linear(given.x_TD, self.weight, self.bias)
         blended_FD = weight.blended_FD if weight is not None else self._blend()
         assert blended_FD is not None
-        return F.linear(given.x_TD, straight_through(self.weight, blended_FD), bias)
+        return F.linear(given.x_TD, straight_through(self.weight, blended_FD), self.bias)
 
     def quantize_input(self, x_TD: Tensor, norm: nn.Module | None = None) -> QuantizedInput:
         """x, or norm(x), as this layer multiplies it."""
@@ -179,6 +177,25 @@ class BitLinear(nn.Linear):
         return self.spec.weight.eps
 
 
+# The attributes that make a module's linear layer a quantized one.
+QUANTIZATION = tuple(
+    name for name in QuantizedLinear.__annotations__ if name not in ("weight", "bias")
+)
+
+
+class BitLinear(QuantizedLinear, nn.Linear):  # type: ignore[misc]
+    """y[..., F] = linear(x[..., D]) at the strength last given to `set_strength`.
+
+    `rows`: the weight holds several logical matrices of so many rows each, stacked (q, k, v), and
+    each has its own scale; None: one matrix.
+    """
+
+    def __init__(self, d_in: int, d_out: int, quant: Quant, *, bias: bool = False) -> None:
+        nn.Linear.__init__(self, d_in, d_out, bias=bias)
+        spec = as_spec(quant)
+        self._set_up(quant, SIXTEEN_BIT, None, kernels_for("", "reference", "cpu", spec, None))
+
+
 class BitConv2d(nn.Conv2d):
     """`nn.Conv2d` with a weight quantized as the matrix [out, in · height · width].
 
@@ -234,8 +251,8 @@ def shared_input(
     At λ = 1 an RMSNorm is computed in one pass with the codes, and its output is never stored.
     """
     first = layers[0]
-    if isinstance(first, BitLinear) and all(
-        isinstance(layer, BitLinear)
+    if isinstance(first, QuantizedLinear) and all(
+        isinstance(layer, QuantizedLinear)
         and (layer.strength, layer.spec, layer.kernels)
         == (first.strength, first.spec, first.kernels)
         for layer in layers
@@ -247,7 +264,7 @@ def shared_input(
 def set_strength(model: nn.Module, strength: Strength) -> None:
     """Give every BitLinear, BitConv2d and head of `model` the λ of this step."""
     for module in model.modules():
-        if isinstance(module, BitLinear | BitConv2d | Head):
+        if isinstance(module, QuantizedLinear | BitConv2d | Head):
             module.strength = strength
 
 
@@ -297,8 +314,8 @@ def forget_weights(model: nn.Module) -> None:
         layer.forget_weight()
 
 
-def bit_linears(model: nn.Module) -> Iterator[tuple[str, BitLinear]]:
-    """(name, layer) of every BitLinear in `model`, in module order."""
+def bit_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """(name, layer) of every quantized linear layer in `model`, in module order."""
     for name, module in model.named_modules():
-        if isinstance(module, BitLinear):
+        if isinstance(module, QuantizedLinear):
             yield name, module
