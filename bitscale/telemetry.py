@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitscale.model.bitlinear import BitLinear, bit_linears
+from bitscale.model.bitlinear import QuantizedLinear, bit_linears
 from bitscale.quant.pack import pack_2bit, unpack_2bit
 from bitscale.quant.reference import as_spec, ternarize
 
@@ -34,8 +33,7 @@ class TernaryTelemetry:
         """
         figures: dict[str, dict[str, float | None]] = {}
         for name, layer in self._layers.items():
-            weight = cast(nn.Parameter, layer.weight)
-            with gathered(weight) as weight_FD, _gathered_scale(gathered, layer) as alpha_F:
+            with gathered(layer.weight) as weight_FD, _gathered_scale(gathered, layer) as alpha_F:
                 if not compute:
                     continue
                 # Its own draws, so that reading changes nothing in a stochastic run.
@@ -57,7 +55,7 @@ class TernaryTelemetry:
 
 
 def _gathered_scale(
-    gathered: Callable[[nn.Parameter], AbstractContextManager[Tensor]], layer: BitLinear
+    gathered: Callable[[nn.Parameter], AbstractContextManager[Tensor]], layer: QuantizedLinear
 ) -> AbstractContextManager[Tensor | None]:
     return nullcontext() if layer.alpha is None else gathered(layer.alpha)
 

@@ -25,7 +25,7 @@ from bitscale.config import (
 from bitscale.data.batches import Batches
 from bitscale.data.corpus import PreparedCorpus
 from bitscale.engine import StepResult, TrainEngine
-from bitscale.errors import NonFiniteLoss
+from bitscale.errors import ConfigError, NonFiniteLoss
 from bitscale.evaluate import EvalResult, evaluate
 from bitscale.mesh import (
     Mesh,
@@ -89,6 +89,7 @@ def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[st
         BitscaleError: anything that a user can mend, before a step is taken; NonFiniteLoss later.
     """
     check_world_size(cfg, world_size_from_environment())
+    _refuse_shared_models(cfg)
     corpora = run.load_corpora(cfg)
     cfg = run.resolve_vocab(cfg, corpora[0].vocab_size)
     identity = run.identity(cfg, corpora)
@@ -109,6 +110,15 @@ def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[st
         return outcome
     finally:
         close_mesh()
+
+
+def _refuse_shared_models(cfg: Config) -> None:
+    for key, size in (("tp", cfg.parallel.tp), ("pp", cfg.parallel.pp)):
+        if size > 1:
+            raise ConfigError(
+                f"parallel.{key}={size}: `bitscale train` runs data parallel only so far; "
+                f"use parallel.{key}=1 (`bitscale plan` reckons with it)"
+            )
 
 
 def _loop(session: _Session, start: int, stop_request: StopRequest) -> Outcome:

@@ -7,10 +7,9 @@ fragments, in place: the Parameters, their owner and all other masters stay what
 
 import math
 from collections.abc import Iterable
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitscale.engine import Fragment, TrainEngine
 from bitscale.mesh import Mesh
@@ -37,7 +36,7 @@ def start_learned_scales(engine: TrainEngine) -> None:
     initial: dict[str, Tensor] = {}
     for name, layer in bit_linears(engine.module):
         if layer.alpha is not None:
-            with engine.gathered(cast(nn.Parameter, layer.weight)) as weight_FD:
+            with engine.gathered(layer.weight) as weight_FD:
                 initial[f"{name}.alpha"] = initial_scale(weight_FD)
     if not initial:
         return

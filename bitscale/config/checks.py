@@ -1,5 +1,7 @@
 """Conditions that span several keys, checked once, before anything is started."""
 
+import math
+
 from bitscale.config.derived import (
     num_kv_heads,
     num_steps,
@@ -35,20 +37,30 @@ def check(cfg: Config) -> None:
     _check_schedule(cfg)
     _check_transition(cfg)
     _check_quant(cfg)
+    _check_parallel(cfg)
 
 
 def check_world_size(cfg: Config, world_size: int) -> None:
-    """Raise ConfigError if the global batch cannot be split evenly over `world_size` ranks."""
+    """Raise ConfigError if the model or the global batch cannot be split over the ranks."""
     if world_size < 1:
         raise ConfigError(f"world_size={world_size} is not a number of ranks; use 1 or more")
+    sharing = cfg.parallel.tp * cfg.parallel.pp
+    if world_size % sharing:
+        nearest = max(world_size // sharing, 1) * sharing
+        raise ConfigError(
+            f"parallel.tp={cfg.parallel.tp} x parallel.pp={cfg.parallel.pp} does not divide "
+            f"world_size={world_size}; launch {nearest} ranks, or lower tp or pp"
+        )
+    num_replicas = world_size // sharing
     micro, whole = cfg.train.micro_batch_size, cfg.train.global_batch_size
-    if whole % (micro * world_size):
-        unit = micro * world_size
+    if whole % (micro * num_replicas):
+        unit = micro * num_replicas
         below, above = whole // unit * unit, -(-whole // unit) * unit
         near = f"{below} or {above}" if below else f"{above}"
         raise ConfigError(
             f"train.global_batch_size={whole} is not a multiple of train.micro_batch_size={micro} "
-            f"x world_size={world_size}; use a global batch of {near}, or another number of ranks"
+            f"x {num_replicas} data-parallel ranks (world_size={world_size}); use a global batch "
+            f"of {near}, or another number of ranks"
         )
 
 
@@ -191,3 +203,40 @@ def _check_quant(cfg: Config) -> None:
                 f"quant: {divisor} ({what}) does not divide {name}={width}; "
                 "choose another size or granularity"
             )
+
+
+def _check_parallel(cfg: Config) -> None:
+    """What tensor, sequence and pipeline parallelism ask of the model and of ZeRO."""
+    p, m = cfg.parallel, cfg.model
+    for key, size in (("num_heads", m.num_heads), ("d_model", m.d_model), ("d_ff", m.d_ff)):
+        if size % p.tp:
+            raise ConfigError(
+                f"parallel.tp={p.tp} does not divide model.{key}={size}; "
+                f"use tp={math.gcd(p.tp, size)}"
+            )
+    kv_heads = num_kv_heads(cfg)
+    if kv_heads % p.tp and p.tp % kv_heads:
+        raise ConfigError(
+            f"parallel.tp={p.tp} neither divides nor is a multiple of the {kv_heads} key/value "
+            f"heads; use tp={math.gcd(p.tp, kv_heads)}, or other model.num_kv_heads"
+        )
+    if p.sequence_parallel and p.tp == 1:
+        raise ConfigError(
+            "parallel.sequence_parallel=true splits the sequence over the tensor parallel ranks, "
+            "and parallel.tp=1; raise tp or set it to false"
+        )
+    if p.sequence_parallel and cfg.data.seq_len % p.tp:
+        raise ConfigError(
+            f"parallel.sequence_parallel splits data.seq_len={cfg.data.seq_len} over "
+            f"parallel.tp={p.tp} ranks, which does not divide it; change one of them"
+        )
+    if p.pp > m.num_layers:
+        raise ConfigError(
+            f"parallel.pp={p.pp} stages for model.num_layers={m.num_layers}; use at most as many"
+        )
+    if p.pp > 1 and cfg.engine.zero_stage != 1:
+        raise ConfigError(
+            f"parallel.pp={p.pp} with engine.zero_stage={cfg.engine.zero_stage}: DeepSpeed's "
+            "pipeline keeps gradients and weights whole (stages 2 and 3 are refused), and clips "
+            "wrongly at stage 0; use engine.zero_stage=1"
+        )

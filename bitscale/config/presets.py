@@ -24,7 +24,7 @@ _LEAST_ERROR_STEP = {2: 1.3139, 3: 0.7543, 4: 0.4244}
 
 def b158() -> QuantSpec:
     """s = max(mean|w|, eps), code = clip(round(w / s), −1, 1); r = max(max|x|, eps) / 127,
-    code = clip(round(x / r), −128, 127); fp32, half to even, the mean summed in fp64.
+    code = clip(round(x / r), −128, 127); fp32, half to even, the sum of |w| exact.
     y = r s Σ code_x code_w + bias, the sum exact.
 
     Source: arXiv:2402.17764, eq. 1-3; Microsoft's Training Tips, Code, FAQ (2024).

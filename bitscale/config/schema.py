@@ -243,6 +243,14 @@ class EngineConfig(Section):
     deepspeed: dict[str, Any] = {}  # raw DeepSpeed keys, merged on top of the derived ones
 
 
+class ParallelConfig(Section):
+    """How ranks share the model; what is left of them is data parallel: world size / (tp · pp)."""
+
+    tp: PositiveInt = 1  # tensor parallel ranks, which share every matrix
+    pp: PositiveInt = 1  # pipeline stages, which share the layers
+    sequence_parallel: bool = False  # norms and residuals split along the sequence, over tp
+
+
 class CheckpointConfig(Section):
     every: NonNegativeInt = 0  # steps; 0: only at the end and on SIGTERM
     keep_last: PositiveInt = 2  # checkpoints
@@ -269,6 +277,7 @@ class Config(Section):
     optim: OptimConfig  # how it learns
     transition: TransitionConfig = TransitionConfig()  # when and how it becomes ternary
     quant: QuantConfig = QuantConfig()  # what ternary means
+    parallel: ParallelConfig = ParallelConfig()  # over which ranks
     engine: EngineConfig = EngineConfig()  # on which machinery
     checkpoint: CheckpointConfig = CheckpointConfig()  # how often it is saved
     log: LogConfig = LogConfig()  # how often it reports

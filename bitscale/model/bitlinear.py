@@ -19,7 +19,7 @@ from bitscale.config.spec import QuantSpec, kernel_measure
 from bitscale.errors import ConfigError
 from bitscale.model.norms import RMSNorm
 from bitscale.quant.kernels import Kernels, Measure, get_kernels
-from bitscale.quant.kernels.linear import rms_norm_rows, ternary_linear
+from bitscale.quant.kernels.linear import ternary_linear
 from bitscale.quant.learned import initial_scale
 from bitscale.quant.pack import unpack_2bit
 from bitscale.quant.quantizer import Codes
@@ -55,15 +55,11 @@ class PreparedWeight(NamedTuple):
     specified: Codes | None  # presets that no kernel computes
 
 
-class BitLinear(nn.Linear):
-    """y[..., F] = linear(x[..., D]) at the strength last given to `set_strength`.
+class QuantizedLinear:
+    """What every linear layer at strength λ does, whatever module holds its weight and bias."""
 
-    `rows`: the weight holds several logical matrices of so many rows each, stacked (q, k, v), and
-    each has its own scale; None: one matrix. `alpha` [F] is a Parameter if the quantizer learns
-    its scales (paretoq), else None. It exists from the start, so that the optimizer owns it, has a
-    gradient of 0 at λ = 0, and is set from the weight when the transition begins.
-    """
-
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     quant: Quant
     spec: QuantSpec  # that follows from `quant`
     alpha: nn.Parameter | None
@@ -72,11 +68,6 @@ class BitLinear(nn.Linear):
     kernels: Kernels | None  # None: the specification (quant/reference.py) computes this preset
     prepared: PreparedWeight | None
     _prepared_for: tuple[object, ...] | None
-
-    def __init__(self, d_in: int, d_out: int, quant: Quant, *, bias: bool = False) -> None:
-        super().__init__(d_in, d_out, bias=bias)
-        spec = as_spec(quant)
-        self._set_up(quant, SIXTEEN_BIT, None, kernels_for("", "reference", "cpu", spec, None))
 
     def _set_up(
         self,
@@ -88,11 +79,10 @@ class BitLinear(nn.Linear):
         self.quant, self.strength, self.rows = quant, strength, rows
         self.spec, self.kernels = as_spec(quant), kernels
         self.prepared = self._prepared_for = None
-        alpha = None
+        self.alpha = None
         if self.spec.learns_scale:
             scale_F = initial_scale(self.weight).to(self.weight.dtype)
-            alpha = nn.Parameter(scale_F, requires_grad=self.weight.requires_grad)
-        self.register_parameter("alpha", alpha)
+            self.alpha = nn.Parameter(scale_F, requires_grad=self.weight.requires_grad)
 
     def start_scale(self) -> None:
         """Give a learned scale its initial value, from the weight as it is."""
@@ -101,7 +91,6 @@ class BitLinear(nn.Linear):
                 self.alpha.copy_(initial_scale(self.weight))
 
     def forward(self, x: Tensor | QuantizedInput) -> Tensor:
-        bias = cast(Tensor | None, self.bias)
         given = self.quantize_input(x) if isinstance(x, Tensor) else x
         weight = self._weight()
         if self._kernels is None or self.strength == SIXTEEN_BIT:
@@ -109,7 +98,7 @@ class BitLinear(nn.Linear):
             return bit_linear(
                 given.x_TD,
                 self.weight,
-                bias,
+                self.bias,
                 self.strength,
                 self.spec,
                 self.rows,
@@ -123,7 +112,7 @@ class BitLinear(nn.Linear):
             return ternary_linear(
                 given.x_TD,
                 self.weight,
-                bias,
+                self.bias,
                 given.rows,
                 codes,
                 self._kernels,
@@ -131,10 +120,10 @@ class BitLinear(nn.Linear):
                 main_grad_FD=getattr(self.weight, "main_grad", None),
             )
         if self.strength.weight == 0.0:
-            return F.linear(given.x_TD, self.weight, bias)
+            return F.linear(given.x_TD, self.weight, self.bias)
         blended_FD = weight.blended_FD if weight is not None else self._blend()
         assert blended_FD is not None
-        return F.linear(given.x_TD, straight_through(self.weight, blended_FD), bias)
+        return F.linear(given.x_TD, straight_through(self.weight, blended_FD), self.bias)
 
     def quantize_input(self, x_TD: Tensor, norm: nn.Module | None = None) -> QuantizedInput:
         """x, or norm(x), as this layer multiplies it."""
@@ -146,8 +135,8 @@ class BitLinear(nn.Linear):
             blended_TD = kernels.blend_rows(x_TD, self._eps(), strength)
             return QuantizedInput(straight_through(x_TD, blended_TD), None, strength)
         if isinstance(norm, RMSNorm):
-            normed = rms_norm_rows(x_TD, norm.weight, norm.eps, self._eps(), kernels)
-            return QuantizedInput(normed.carrier_TD, normed.rows, strength)
+            carrier_TD, rows = norm(x_TD, (kernels, self._eps()))
+            return QuantizedInput(carrier_TD, rows, strength)
         x_TD = x_TD if norm is None else norm(x_TD)
         return QuantizedInput(x_TD, kernels.quantize_rows(x_TD, self._eps()), strength)
 
@@ -208,6 +197,27 @@ class BitLinear(nn.Linear):
         return self.spec.weight.eps
 
 
+# The attributes that make a module's linear layer a quantized one.
+QUANTIZATION = tuple(
+    name for name in QuantizedLinear.__annotations__ if name not in ("weight", "bias")
+)
+
+
+class BitLinear(QuantizedLinear, nn.Linear):  # type: ignore[misc]
+    """y[..., F] = linear(x[..., D]) at the strength last given to `set_strength`.
+
+    `rows`: the weight holds several logical matrices of so many rows each, stacked (q, k, v), and
+    each has its own scale; None: one matrix. `alpha` [F] is a Parameter if the quantizer learns
+    its scales (paretoq), else None. It exists from the start, so that the optimizer owns it, has a
+    gradient of 0 at λ = 0, and is set from the weight when the transition begins.
+    """
+
+    def __init__(self, d_in: int, d_out: int, quant: Quant, *, bias: bool = False) -> None:
+        nn.Linear.__init__(self, d_in, d_out, bias=bias)
+        spec = as_spec(quant)
+        self._set_up(quant, SIXTEEN_BIT, None, kernels_for("", "reference", "cpu", spec, None))
+
+
 class BitConv2d(nn.Conv2d):
     """`nn.Conv2d` with a weight quantized as the matrix [out, in · height · width].
 
@@ -266,8 +276,8 @@ def shared_input(
     At λ = 1 an RMSNorm is computed in one pass with the codes, and its output is never stored.
     """
     first = layers[0]
-    if isinstance(first, BitLinear) and all(
-        isinstance(layer, BitLinear)
+    if isinstance(first, QuantizedLinear) and all(
+        isinstance(layer, QuantizedLinear)
         and (layer.strength, layer.spec, layer.kernels)
         == (first.strength, first.spec, first.kernels)
         for layer in layers
@@ -279,7 +289,7 @@ def shared_input(
 def set_strength(model: nn.Module, strength: Strength) -> None:
     """Give every BitLinear, BitConv2d and head of `model` the λ of this step."""
     for module in model.modules():
-        if isinstance(module, BitLinear | BitConv2d | Head):
+        if isinstance(module, QuantizedLinear | BitConv2d | Head):
             module.strength = strength
 
 
@@ -334,8 +344,8 @@ def is_scale(parameter_name: str) -> bool:
     return parameter_name.endswith(".alpha")
 
 
-def bit_linears(model: nn.Module) -> Iterator[tuple[str, BitLinear]]:
-    """(name, layer) of every BitLinear in `model`, in module order."""
+def bit_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """(name, layer) of every quantized linear layer in `model`, in module order."""
     for name, module in model.named_modules():
-        if isinstance(module, BitLinear):
+        if isinstance(module, QuantizedLinear):
             yield name, module

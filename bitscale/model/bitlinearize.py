@@ -14,7 +14,7 @@ from torch import nn
 from bitscale.config.presets import preset
 from bitscale.config.spec import QuantSpec
 from bitscale.errors import ConfigError
-from bitscale.model.bitlinear import BitConv2d, BitLinear, kernels_for
+from bitscale.model.bitlinear import QUANTIZATION, BitConv2d, BitLinear, kernels_for
 from bitscale.quant.quantizer import tile_counts
 from bitscale.quant.reference import Quant, as_spec
 from bitscale.quant.schedule import TERNARY, Strength
@@ -82,7 +82,7 @@ def unbitlinearize(model: nn.Module) -> tuple[str, ...]:
     ]
     for _, module in converted:
         module.__class__ = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d  # type: ignore[assignment]
-        for attribute in BitLinear.__annotations__:
+        for attribute in QUANTIZATION:
             module.__dict__.pop(attribute, None)
         module._parameters.pop("alpha", None)
     return tuple(name for name, _ in converted)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitscale.config import ModelConfig
+from bitscale.quant.kernels import Kernels
+from bitscale.quant.kernels.linear import NormedInput, rms_norm_rows
 
 
 class RMSNorm(nn.Module):
@@ -18,7 +20,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width)) if affine else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, codes_by: tuple[Kernels, float] | None = None
+    ) -> Tensor | NormedInput:
+        """norm(x), or its int8 codes by (kernels, eps), in one pass.
+
+        Codes too are computed in here, and not by whoever holds the weight: ZeRO-3 gathers a
+        module's parameters around its own forward and backward pass.
+        """
+        if codes_by is not None:
+            kernels, eps = codes_by
+            return rms_norm_rows(x, self.weight, self.eps, eps, kernels)
         h = x.float()
         h = (h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + self.eps)).to(x.dtype)
         return h if self.weight is None else h * self.weight

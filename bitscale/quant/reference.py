@@ -15,6 +15,7 @@ depends on the order of summation, as the peers they reproduce do.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -96,7 +97,7 @@ def straight_through(latent: Tensor, quantized: Tensor) -> Tensor:
 
 def quantize_rows(x_TD: Tensor, eps: float) -> Int8Rows:
     """b158's int8 codes of each row (token) by its own absolute maximum."""
-    part = INT8_ROWS if eps == INT8_ROWS.eps else CodeSpec(**{**vars(INT8_ROWS), "eps": eps})
+    part = INT8_ROWS if eps == INT8_ROWS.eps else replace(INT8_ROWS, eps=eps)
     return Int8Rows(*_quantize_tokens(x_TD, part))
 
 

@@ -18,7 +18,7 @@ import bitscale
 from bitscale.config import QuantConfig
 from bitscale.config.presets import preset
 from bitscale.errors import ConfigError
-from bitscale.model.bitlinear import BitConv2d, BitLinear, set_strength
+from bitscale.model.bitlinear import QUANTIZATION, BitConv2d, BitLinear, set_strength
 from bitscale.model.bitlinearize import bitlinearize, unbitlinearize
 from bitscale.quant.quantizer import dequantize, quantize
 from bitscale.quant.reference import INT8_ROWS, bit_linear
@@ -194,8 +194,7 @@ def test_fused_matrices_get_a_scale_each(fused: dict[str, Any]) -> None:
     assert not torch.equal(
         bit_linear(x, model.qkv.weight, None, TERNARY, preset("b158")), model.qkv(x)
     )
-    added = set(BitLinear.__annotations__) - {"alpha"}  # a Parameter, if there is one
-    assert set(vars(model.qkv)) - set(vars(tiny().qkv)) == added
+    assert set(vars(model.qkv)) - set(vars(tiny().qkv)) == set(QUANTIZATION)
     unbitlinearize(model)
     assert vars(model.qkv).keys() == vars(tiny().qkv).keys()
 

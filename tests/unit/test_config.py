@@ -169,6 +169,36 @@ COMBINATION_ERRORS = {
         ["transition.lr=decay", "optim.schedule=cosine"],
         ["transition.lr='decay'", "constant or wsd", "'cosine'"],
     ),
+    "tensor parallel ranks and heads": (
+        ["parallel.tp=3"],
+        ["parallel.tp=3", "does not divide model.num_heads=4", "use tp=1"],
+    ),
+    "tensor parallel ranks and key/value heads": (
+        [
+            "parallel.tp=6",
+            "model.num_heads=12",
+            "model.num_kv_heads=4",
+            "model.d_model=48",
+            "model.d_ff=96",
+        ],
+        ["parallel.tp=6", "the 4 key/value heads", "use tp=2"],
+    ),
+    "sequence parallel without tensor parallel": (
+        ["parallel.sequence_parallel=true"],
+        ["parallel.sequence_parallel=true", "parallel.tp=1", "raise tp"],
+    ),
+    "sequence parallel and an odd sequence": (
+        ["parallel.sequence_parallel=true", "parallel.tp=2", "data.seq_len=15"],
+        ["data.seq_len=15", "parallel.tp=2", "does not divide"],
+    ),
+    "more stages than layers": (
+        ["parallel.pp=5"],
+        ["parallel.pp=5", "model.num_layers=2", "at most as many"],
+    ),
+    "pipeline with ZeRO-3": (
+        ["parallel.pp=2", "engine.zero_stage=3"],
+        ["parallel.pp=2", "engine.zero_stage=3", "use engine.zero_stage=1"],
+    ),
     "fused decay inside a decay": (
         ["transition.lr=decay", "optim.schedule=wsd", "optim.decay.fraction=0.8"],
         [
@@ -242,6 +272,15 @@ def test_world_size_must_divide_the_batch(
     with pytest.raises(ConfigError) as error:
         check_world_size(make_config(f"train.global_batch_size={batch}"), ranks)
     assert_tells(error, fragments)
+
+
+def test_layout_must_divide_the_ranks(make_config: MakeConfig) -> None:
+    cfg = make_config("parallel.tp=2", "parallel.pp=2", "train.global_batch_size=16")
+    with pytest.raises(ConfigError) as error:
+        check_world_size(cfg, 6)
+    assert_tells(error, ["parallel.tp=2 x parallel.pp=2", "world_size=6", "launch 4 ranks"])
+    for ranks in (4, 8, 16):
+        check_world_size(cfg, ranks)
 
 
 def test_world_size_that_fits(make_config: MakeConfig) -> None:
@@ -421,6 +460,7 @@ def changed(value: Any, key: str) -> Any:
         "model.head_bits": 8,
         "model.rope_scaling.type": "linear",
         "quant.preset": "absmedian",
+        "quant.kernel": "auto",
         "quant.weight_scale": "absmedian",
         "quant.activation_bits": 16,
         "train.dtype": "bf16",
@@ -474,9 +514,10 @@ def test_hash_changes_with_every_key_that_can_change_results(make_config: MakeCo
     ignored, seen = set(), 0
     for path, value in leaves(tree):
         key = ".".join(map(str, path))
-        if key == "quant.kernel":
-            continue  # has one value so far
-        after = parse_config(replaced(tree, path, changed(value, key)), where=key)
+        other = replaced(tree, path, changed(value, key))
+        if key == "parallel.sequence_parallel":
+            other["parallel"]["tp"] = 2
+        after = parse_config(other, where=key)
         seen += 1
         if config_hash(after) == before:
             ignored.add(key)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitscale.config import QuantConfig
 from bitscale.quant import reference
+from bitscale.quant.quantizer import exact_sum
 from bitscale.quant.reference import (
     MAX_EXACT_INPUTS,
     Ternary,
@@ -92,13 +93,25 @@ def test_ties_round_to_even() -> None:
     assert codes_FD.tolist() == [[0, 0, 1, -1], [1, -1, 1, 1]]
 
 
+def test_the_mean_is_the_same_in_any_order() -> None:
+    """Shards, blocks and permutations of one matrix: bit for bit one sum, near the true one."""
+    magnitude = (gaussian(512, 384) * 0.02).abs()
+    whole = exact_sum(magnitude.flatten())
+    assert abs(float(whole) / float(magnitude.double().sum()) - 1) < 1e-9
+    permutation = torch.randperm(magnitude.numel(), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(exact_sum(magnitude.flatten()[permutation]), whole)
+    for dim in (0, 1):
+        for parts in (2, 3, 4):
+            shards = [exact_sum(shard.flatten()) for shard in magnitude.chunk(parts, dim)]
+            assert torch.equal(sum(shards), whole)
+    orders = (magnitude.flatten(), magnitude.flatten()[permutation])
+    assert len({float(m.double().cumsum(0)[-1]) for m in orders}) == 2  # else the order shows
+
+
 def test_eps_is_the_smallest_scale() -> None:
     assert float(weight_scale(torch.full((2, 2), 1e-6), ABSMEAN)) == pytest.approx(1e-5)
-    assert float(weight_scale(torch.full((2, 2), 1e-6), QuantConfig(eps=1e-9))) == pytest.approx(
-        1e-6
-    )
-    codes_FD, _ = ternarize(torch.full((2, 2), 4e-6), ABSMEAN)
-    assert codes_FD.tolist() == [[0, 0], [0, 0]]
+    small = 2.0**-20  # on the grid of exact_sum
+    assert float(weight_scale(torch.full((2, 2), small), QuantConfig(eps=1e-9))) == small
 
 
 @pytest.mark.parametrize("quant", [ABSMEAN, ABSMEDIAN])

@@ -4,21 +4,20 @@ Shapes: T tokens (all leading dimensions), D inputs, F outputs of a linear layer
 codes and scales are those of `bitscale.quant.reference`; here is what training does with them.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from bitscale.config import QuantConfig
+from bitscale.config.spec import CodeSpec
 from bitscale.quant import reference
 from bitscale.quant.kernels.plain_backward import input_grad, rms_norm_grad, weight_grad
 from bitscale.quant.kernels.table import Kernels, Measure, NormedRows
+from bitscale.quant.quantizer import quantize
 from bitscale.quant.reference import Int8Rows, Ternary
 
 
 def ternarize(w_FD: Tensor, measure: Measure, eps: float) -> Ternary:
     """Ternary codes and scale of one logical matrix, fp32 or 16 bit, of any shape."""
-    return reference.ternarize(w_FD, _quant_config(measure, eps))
+    return Ternary(*quantize(w_FD, CodeSpec(measure=measure, statistics="fp64", eps=eps)))
 
 
 def quantize_rows(x_TD: Tensor, eps: float) -> Int8Rows:
@@ -64,11 +63,6 @@ def blend_rows(x_TD: Tensor, eps: float, strength: float) -> Tensor:
 
 def _blend(latent: Tensor, quantized: Tensor, strength: float) -> Tensor:
     return torch.lerp(latent.float(), quantized, strength).to(latent.dtype)
-
-
-@lru_cache(maxsize=16)
-def _quant_config(measure: Measure, eps: float) -> QuantConfig:
-    return QuantConfig(weight_scale=measure, eps=eps)
 
 
 KERNELS = Kernels(
