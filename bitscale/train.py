@@ -308,6 +308,7 @@ class _Monitor:
                 lambda_weight=strength.weight,
                 lambda_activation=strength.activation,
                 grad_norm=norm,
+                residual=strength.residual,
             )
             for (done, _, lr, decay, strength), loss, norm in zip(
                 self._pending, losses.tolist(), norms, strict=True

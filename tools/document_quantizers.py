@@ -47,11 +47,16 @@ norm, gradient, and what is added to the output. `bitscale/quant/reference.py` c
   floating-point tensors as their peers do.
 - **Gradients** pass straight through to x and w; `quant.gradient=clip` stops those of weights beyond
   the outermost code, and `quest` those of weights and inputs further than half a level from theirs.
-- **Learned scales** (`paretoq`): every layer has a parameter α, one number a row. It is passed to
-  `bit_linear(..., alpha_F=...)`; at λ = 0 it gets a gradient of 0, not none.
+- **Learned scales** (`paretoq`): every layer has a parameter α, one number a row. It
+  exists from the start, so that the optimizer owns it; in 16 bit its gradient is 0 and it has no weight
+  decay, so it does not move. When the transition begins, α is set from the weight as it is then and its
+  Adam moments to 0, whatever `transition.optimizer_state` says (the step count follows the policy). A
+  16-bit trunk of another quantizer may be continued (`--allow-change quant`): it needs no α. Checkpoints hold
+  it as `NAME.alpha`; `bitlinearize` adds it and `unbitlinearize` removes it.
 - **Added terms**: `quant.deadzone_bias` (tequila: .001) adds that share of the weights with code 0 to
   the output, with any preset but `sdu`, `stochastic` and `quest`; the residual (sherry) is part of the
-  transition, see [schedules](schedules.md).
+  transition, see [schedules](schedules.md). While ε > 0 the specification computes the layer, not a
+  kernel.
 - **Export** to the packed form is refused for what it cannot compute: codes that are not ternary,
   several scales, drawn codes, `sdu`'s division, `onebit`'s sums, a bias of dead weights, and a
   checkpoint whose residual is not 0 yet.
