@@ -1,4 +1,4 @@
-"""Learned scales and the residual in layers and models: who owns them, when they are noticed.
+"""Learned scales in layers and models: who owns them, when they are noticed.
 
 Numerics are in test_literature_presets.py. Shapes: T tokens, D inputs, F outputs.
 """
@@ -20,7 +20,6 @@ from bitscale.model.bitlinear import (
     bit_linears,
     is_scale,
     prepare_weights,
-    set_kernels,
     set_strength,
 )
 from bitscale.model.bitlinearize import bitlinearize, unbitlinearize
@@ -177,34 +176,6 @@ def test_convolutions_refuse_what_is_not_defined_for_them() -> None:
     torch.testing.assert_close(y, want)
     with pytest.raises(ConfigError, match=r"bitlinearize: 0: .*one of each 4 inputs, but 27"):
         bitlinearize(nn.Sequential(nn.Conv2d(3, 8, 3)), sherry)
-
-
-@pytest.mark.parametrize("name", ["b158", "sherry"])
-def test_residual_is_added_beside_kernels_and_specification(name: str) -> None:
-    """A kernel does not know it: the layer is then computed by the specification."""
-    layer = BitLinear(128, 12, preset(name))
-    set_kernels(layer, "auto", "cpu")
-    x, grad = gaussian(5, 128), gaussian(5, 12, seed=1)
-    for residual in (0.5, 0.0):
-        strength = Strength(1.0, 1.0, residual)
-        set_strength(layer, strength)
-        prepare_weights(layer)
-        layer.weight.grad = None
-        y = layer(x)
-        y.backward(grad)
-        plain = layer.weight.detach().clone().requires_grad_()
-        want = bit_linear(x, plain, None, strength, preset(name))
-        want.backward(grad)
-        torch.testing.assert_close(y, want)
-        torch.testing.assert_close(layer.weight.grad, plain.grad)
-
-
-def test_residual_needs_kernels_that_know_it(make_config: Callable[..., Config]) -> None:
-    with pytest.raises(ConfigError, match=r"quant\.kernel='triton' with .* does not compute"):
-        make_config("transition.residual.peak=0.5", "quant.kernel=triton")
-    with pytest.raises(ConfigError, match=r"quant\.gradient_bits=8 does not compute"):
-        make_config("transition.residual.peak=0.5", "quant.gradient_bits=8")
-    make_config("transition.residual.peak=0.5", "quant.kernel=auto")
 
 
 @contextmanager
