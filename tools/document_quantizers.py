@@ -58,8 +58,8 @@ norm, gradient, and what is added to the output. `bitscale/quant/reference.py` c
   transition, see [schedules](schedules.md). While ε > 0 the specification computes the layer, not a
   kernel.
 - **Export** to the packed form is refused for what it cannot compute: codes that are not ternary,
-  several scales, drawn codes, `sdu`'s division, `onebit`'s sums, a bias of dead weights, and a
-  checkpoint whose residual is not 0 yet.
+  several scales, drawn codes, `sdu`'s division, `onebit`'s sums, and a checkpoint whose residual is not 0
+  yet. A bias of dead weights becomes an ordinary bias.
 - The scale belongs to a *logical* matrix: fused q/k/v or gate/up parameters get one each through
   `bitlinearize(model, fused={"*.qkv": 3, "*.gate_up": 2})`.
 """
@@ -104,8 +104,8 @@ DIFFERS = {
     "shrink by training. Its code takes the gradient of α beyond .99 α as ±g where ŵ itself changes by ±2/3: "
     "here it is ŵ's own, ±2/3 g; the rest of that code (compared by hand, fp32: codes equal, y, dx, dw and "
     "α's other gradients within 3e-7) agrees. α below eps still gets a gradient, as there.",
-    "tequila": "Nothing is learned beside the weights: the bias Σ_D follows from them, and finished models "
-    "hold it as an ordinary bias. λ = .001 is a constant here (`quant.deadzone_bias`). Its code "
+    "tequila": "Nothing is learned beside the weights: the bias Σ_D follows from them, and an export holds "
+    "it as an ordinary bias (with `quant.granularity=matrix`, see above). λ = .001 is a constant here (`quant.deadzone_bias`). Its code "
     "(`ultraquantv2`, compared by hand): in fp32 codes equal, y, dx and dw within 3e-7; it quantizes bf16 "
     "weights in bf16, which changes .07% of the codes.",
     "sherry": "5 bits hold 4 codes: 1.25 bits a weight. Fewer zeros (exactly a quarter) and more error than "

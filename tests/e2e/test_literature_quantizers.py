@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from bitscale.checkpoint import Reader
 from bitscale.cli.main import main
@@ -64,12 +65,18 @@ def test_learned_scales(
     assert "trains with a scale per row, not one a matrix" in capsys.readouterr().err
 
 
-def test_annealed_residual(
+def test_annealed_residual_and_bias_of_dead_weights(
     config_file: Path, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """While it lasts it belongs to the model: evaluated with it, not exported."""
+    """While the residual lasts it belongs to the model: evaluated with it, not exported. The bias
+    is exported as an ordinary one."""
     run = tmp_path / "run"
-    fork(config_file, finished_run, run, "quant={preset: sherry, granularity: matrix}")
+    fork(
+        config_file,
+        finished_run,
+        run,
+        "quant={preset: sherry, granularity: matrix, deadzone_bias: 0.3}",
+    )
     checkpoints = run / "checkpoints"
     unfinished = checkpoints / "step-00000030"
     assert main(["export", str(unfinished), str(tmp_path / "early")]) != 0
@@ -79,6 +86,10 @@ def test_annealed_residual(
     last = metrics(run, "valid")[-1]
     assert last["step"] == NUM_STEPS
     assert main(["export", str(run), str(tmp_path / "packed")]) == 0
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    biases = {name: bias for name, bias in tensors.items() if name.endswith(".bias")}
+    assert len(biases) == 2 * 7  # the model itself has none
+    assert all(bool(bias.any()) for bias in biases.values())
     its = evaluate(run, tmp_path / "its.json")
     assert evaluate(tmp_path / "packed", tmp_path / "mine.json") == its
     assert its["loss"] == pytest.approx(last["loss"], rel=1e-5)
