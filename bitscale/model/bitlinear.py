@@ -8,7 +8,7 @@ once per optimizer step (`prepare_weights`), the input once for all layers that 
 norm before them in one pass with its codes (`shared_input`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -145,6 +145,12 @@ class QuantizedLinear:
         made_for = self._made_for()
         if self._prepared_for != made_for:
             self.prepared, self._prepared_for = self._prepare(), made_for
+
+    @staticmethod
+    def prepare_many(layers: "Sequence[QuantizedLinear]") -> None:
+        """`prepare_weight` of each; layers shared by ranks have a better way."""
+        for layer in layers:
+            layer.prepare_weight()
 
     def forget_weight(self) -> None:
         """The weight has changed, or is about to."""
@@ -329,8 +335,11 @@ def prepare_weights(model: nn.Module) -> None:
     storage or λ is another, is noticed and quantized anew; one that is written through `.data`
     (DeepSpeed does) is not: call `forget_weights` then.
     """
+    batches: dict[Callable[..., None], list[QuantizedLinear]] = {}
     for _, layer in bit_linears(model):
-        layer.prepare_weight()
+        batches.setdefault(type(layer).prepare_many, []).append(layer)
+    for prepare_many, layers in batches.items():
+        prepare_many(layers)
 
 
 def forget_weights(model: nn.Module) -> None:

@@ -34,8 +34,9 @@ def ternary_linear(
 
     `x_TD` and `w_FD` (the latent weight) only receive the gradients, straight through. Layers
     that read one input share its codes `x`, and the codes of a weight serve every micro-batch of
-    a step. Saved for backward are the codes and scales: D + 4 bytes a token for each distinct
-    input. `bits`: of the gradient in the backward products (plain_backward.py).
+    a step. A weight of several logical matrices has a scale for each output, [F]. Saved for
+    backward are the codes and scales: D + 4 bytes a token for each distinct input. `bits`: of the
+    gradient in the backward products (plain_backward.py).
 
     With `main_grad_FD` (fp32) the gradient of the weight is added to it. Then `w_FD` receives
     none, unless it has Megatron's attribute `grad_added_to_main_grad`: that is set, and `w_FD`
@@ -86,7 +87,7 @@ class _TernaryLinear(torch.autograd.Function):
         ctx.weight_dtype = w_FD.dtype
         ctx.weight = None if main_grad_FD is None else w_FD
         x, weight = Int8Rows(x_codes_TD, x_scale_T1), Ternary(w_codes_FD, w_scale)
-        return kernels.integer_linear(x, weight, bias_F, x_TD.dtype)
+        return _product(kernels, x, weight, bias_F, x_TD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,7 +96,7 @@ class _TernaryLinear(torch.autograd.Function):
         grad_TF = grads[0]
         grad_x = grad_w = grad_bias = None
         if needs_x:
-            grad_x = ctx.kernels.input_grad(grad_TF, Ternary(w_codes_FD, w_scale), ctx.bits)
+            grad_x = input_grad(ctx.kernels, grad_TF, Ternary(w_codes_FD, w_scale), ctx.bits)
         if needs_w:
             grad_w = ctx.kernels.weight_grad(
                 grad_TF,
@@ -105,13 +106,34 @@ class _TernaryLinear(torch.autograd.Function):
                 ctx.bits,
             )
             if ctx.main_grad_FD is not None:
-                grad_w = _placeholder(ctx.weight)
+                grad_w = placeholder_grad(ctx.weight)
         if needs_bias:
             grad_bias = grad_TF.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.weight_dtype)
         return grad_x, grad_w, grad_bias, None, None, None, None, None, None, None
 
 
-def _placeholder(weight: Tensor) -> Tensor | None:
+def _product(
+    kernels: Kernels, x: Int8Rows, weight: Ternary, bias_F: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(Σ int8 · code) · r · s + bias in `dtype`; s a scalar, or one for each output, [F]."""
+    if not weight.scale.dim():
+        return kernels.integer_linear(x, weight, bias_F, dtype)
+    one = torch.ones((), dtype=torch.float32, device=weight.scale.device)
+    y_TF = kernels.integer_linear(x, Ternary(weight.codes_FD, one), None, torch.float32)
+    y_TF = y_TF * weight.scale
+    return (y_TF if bias_F is None else y_TF + bias_F.float()).to(dtype)
+
+
+def input_grad(kernels: Kernels, grad_TF: Tensor, weight: Ternary, bits: GradientBits) -> Tensor:
+    """∂L/∂x [T, D]; s a scalar, or one for each output, [F], which then enters before the sum."""
+    if not weight.scale.dim():
+        return kernels.input_grad(grad_TF, weight, bits)
+    one = torch.ones((), dtype=torch.float32, device=weight.scale.device)
+    scaled_TF = (grad_TF.float() * weight.scale).to(grad_TF.dtype)
+    return kernels.input_grad(scaled_TF, Ternary(weight.codes_FD, one), bits)
+
+
+def placeholder_grad(weight: Tensor) -> Tensor | None:
     """What `weight` receives as its gradient when that went into main_grad."""
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
