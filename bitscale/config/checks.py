@@ -176,6 +176,11 @@ def _check_residual(cfg: Config, start: int) -> None:
             f"step is {steps - 1}: the finished model would still contain 16-bit weights; shorten "
             "transition.residual.over, or leave it out"
         )
+    if cfg.parallel.tp > 1:
+        raise ConfigError(
+            f"transition.residual adds 16-bit products that parallel.tp={cfg.parallel.tp} does not "
+            "share; use parallel.tp=1, or transition.residual.peak=0"
+        )
     kernel, bits = cfg.quant.kernel, cfg.quant.gradient_bits
     if kernel not in ("auto", "reference") or bits is not None:
         raise ConfigError(

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from bitscale.config import Config, QuantConfig, quant_spec
 from bitscale.config.presets import preset, with_bits
-from bitscale.config.spec import CodeSpec
+from bitscale.config.spec import CodeSpec, QuantSpec
 from bitscale.convert.packed import refuse_unpackable
 from bitscale.errors import CheckpointError, ConfigError
+from bitscale.model.parallel import check_shared_spec
 from bitscale.quant.learned import initial_scale
 from bitscale.quant.quantizer import dequantize, quantize
 from bitscale.quant.reference import (
@@ -430,6 +431,21 @@ def test_impossible_configuration(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config(*overrides)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(preset(name) for name in NAMES),
+        replace(preset("weight_only"), deadzone_bias=0.1),
+        replace(preset("trilm"), gradient="clip"),
+    ],
+)
+def test_tensor_parallel_layers_refuse_what_they_do_not_compute(spec: QuantSpec) -> None:
+    with pytest.raises(ConfigError, match="tensor parallelism knows the presets b158"):
+        check_shared_spec(spec)
+    for name in ("b158", "absmedian", "weight_only", "trilm"):
+        check_shared_spec(preset(name))
 
 
 def test_overrides() -> None:

@@ -120,4 +120,6 @@ def test_residual_needs_kernels_that_know_it(make_config: MakeConfig) -> None:
         make_config("transition.residual.peak=0.5", "quant.kernel=triton")
     with pytest.raises(ConfigError, match=r"quant\.gradient_bits=8 does not compute"):
         make_config("transition.residual.peak=0.5", "quant.gradient_bits=8")
+    with pytest.raises(ConfigError, match=r"16-bit products that parallel\.tp=2 does not share"):
+        make_config("transition.residual.peak=0.5", "parallel.tp=2")
     make_config("transition.residual.peak=0.5", "quant.kernel=auto")
