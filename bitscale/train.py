@@ -214,9 +214,11 @@ def _set_up(
 
 def _restore(engine: TrainEngine, mesh: Mesh, reader: checkpoint.Reader) -> None:
     shapes = engine.parameter_shapes()
-    # Before the transition learned scales have no value yet: a trunk of any quantizer will do.
-    begun = reader.meta.lambda_weight > 0 or reader.meta.lambda_activation > 0
-    scales = () if begun else {n for n in shapes.keys() | reader.meta.shapes if is_scale(n)}
+    # The transition sets learned scales: a trunk of before, of any quantizer, need not have them.
+    start = transition_step(engine.cfg)
+    scales: Collection[str] = ()
+    if start is None or reader.meta.step <= start:
+        scales = {name for name in shapes.keys() | reader.meta.shapes if is_scale(name)}
     reader.restore(engine.fragments(), shapes, optional=scales)
     engine.publish_masters()
     rng_state = reader.rng_state(mesh.rank)

@@ -8,7 +8,16 @@ from safetensors.torch import load_file
 
 from bitscale.checkpoint import Reader
 from bitscale.cli.main import main
-from runs import KEEP_ALL, NUM_STEPS, TRANSITION_STEP, differences, metrics, train
+from runs import (
+    KEEP_ALL,
+    NUM_STEPS,
+    TRANSITION_STEP,
+    differences,
+    execute,
+    metrics,
+    train,
+    train_command,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -63,6 +72,18 @@ def test_learned_scales(
     capsys.readouterr()
     assert main(["export", str(whole), str(tmp_path / "packed")]) != 0
     assert "trains with a scale per row, not one a matrix" in capsys.readouterr().err
+
+
+def test_a_trunk_without_scales_is_refused_after_the_transition(
+    config_file: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    """Nothing would ever set them."""
+    later = finished_run / "checkpoints" / "step-00000020"
+    arguments = (config_file, f"run.dir={tmp_path / 'run'}", "quant.preset=paretoq")
+    command = train_command("plain", *arguments, "--resume", later, "--allow-change", "quant")
+    done = execute(command)
+    assert done.returncode == 2
+    assert ".alpha has shape none there and [" in done.stderr
 
 
 def test_annealed_residual_and_bias_of_dead_weights(
