@@ -18,7 +18,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -227,12 +227,21 @@ class Reader:
         name = f"state-{rank:05d}-of-{self.meta.world_size:05d}.safetensors"
         return self._handles[name].get_tensor("rng_state") if name in self._handles else None
 
-    def restore(self, fragments: Iterable[Fragment], shapes: Mapping[str, Sequence[int]]) -> None:
+    def restore(
+        self,
+        fragments: Iterable[Fragment],
+        shapes: Mapping[str, Sequence[int]],
+        optional: Collection[str] = (),
+    ) -> None:
         """Fill this rank's fragments of a model with these parameter `shapes`, in place.
+
+        Parameters in `optional` may be missing on either side: what the model has and the
+        checkpoint has not stays as it was built, its Adam state new but for the step count.
 
         Raises CheckpointError if the checkpoint's parameters are others.
         """
-        for name in sorted(shapes.keys() | self.meta.shapes.keys()):
+        missing = {name for name in optional if (name in shapes) != (name in self.meta.shapes)}
+        for name in sorted((shapes.keys() | self.meta.shapes.keys()) - missing):
             ours, theirs = shapes.get(name), self.meta.shapes.get(name)
             if ours is None or theirs is None or list(ours) != list(theirs):
                 raise CheckpointError(
@@ -240,6 +249,10 @@ class Reader:
                     "here; the checkpoint is of another model: use its model section"
                 )
         for fragment in fragments:
+            if fragment.name in missing:
+                # The count that ZeRO's flat tensors share, and a gradient of 0 would have left.
+                fragment.step.fill_(max(self.meta.adam_steps.values()))
+                continue
             for kind, view in zip(_KINDS, _views(fragment), strict=True):
                 view.copy_(self.read(fragment.name, kind, fragment.start, fragment.numel))
             fragment.step.fill_(self.meta.adam_steps[fragment.name])

@@ -30,6 +30,7 @@ class TrainRecord(NamedTuple):
     lambda_weight: float
     lambda_activation: float
     grad_norm: float
+    residual: float = 0.0  # ε λ_weight, the share of the 16-bit product in every layer's output
 
 
 class SpeedRecord(NamedTuple):

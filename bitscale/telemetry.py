@@ -1,13 +1,13 @@
 """Ternary telemetry: per layer the share of zeros, of codes flipped, and the scale."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitscale.model.bitlinear import bit_linears
+from bitscale.model.bitlinear import QuantizedLinear, bit_linears
 from bitscale.quant.pack import pack_2bit, unpack_2bit
 from bitscale.quant.reference import as_spec, ternarize
 
@@ -33,12 +33,12 @@ class TernaryTelemetry:
         """
         figures: dict[str, dict[str, float | None]] = {}
         for name, layer in self._layers.items():
-            with gathered(layer.weight) as weight_FD:
+            with gathered(layer.weight) as weight_FD, _gathered_scale(gathered, layer) as alpha_F:
                 if not compute:
                     continue
                 # Its own draws, so that reading changes nothing in a stochastic run.
                 generator = torch.Generator(weight_FD.device).manual_seed(0)
-                codes_FD, scale = ternarize(weight_FD, layer.quant, layer.rows, generator)
+                codes_FD, scale = ternarize(weight_FD, layer.quant, layer.rows, generator, alpha_F)
             codes = codes_FD.flatten().cpu()
             previous = self._previous.get(name)
             ternary = as_spec(layer.quant).weight.is_ternary
@@ -52,6 +52,12 @@ class TernaryTelemetry:
                 "scale": float(scale.mean()),  # of all scales, where there are several
             }
         return figures
+
+
+def _gathered_scale(
+    gathered: Callable[[nn.Parameter], AbstractContextManager[Tensor]], layer: QuantizedLinear
+) -> AbstractContextManager[Tensor | None]:
+    return nullcontext() if layer.alpha is None else gathered(layer.alpha)
 
 
 def _pack(codes: Tensor) -> Tensor:

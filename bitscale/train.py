@@ -34,7 +34,7 @@ from bitscale.mesh import (
     under_launcher,
     world_size_from_environment,
 )
-from bitscale.model.bitlinear import bit_linears, set_strength
+from bitscale.model.bitlinear import bit_linears, is_scale, set_strength
 from bitscale.model.decoder import Decoder
 from bitscale.optim import learning_rate, weight_decay
 from bitscale.preemption import StopRequest
@@ -213,7 +213,13 @@ def _set_up(
 
 
 def _restore(engine: TrainEngine, mesh: Mesh, reader: checkpoint.Reader) -> None:
-    reader.restore(engine.fragments(), engine.parameter_shapes())
+    shapes = engine.parameter_shapes()
+    # The transition sets learned scales: a trunk of before, of any quantizer, need not have them.
+    start = transition_step(engine.cfg)
+    scales: Collection[str] = ()
+    if start is None or reader.meta.step <= start:
+        scales = {name for name in shapes.keys() | reader.meta.shapes if is_scale(name)}
+    reader.restore(engine.fragments(), shapes, optional=scales)
     engine.publish_masters()
     rng_state = reader.rng_state(mesh.rank)
     if rng_state is not None:
@@ -304,6 +310,7 @@ class _Monitor:
                 lambda_weight=strength.weight,
                 lambda_activation=strength.activation,
                 grad_norm=norm,
+                residual=strength.residual,
             )
             for (done, _, lr, decay, strength), loss, norm in zip(
                 self._pending, losses.tolist(), norms, strict=True

@@ -1,27 +1,52 @@
 """What happens to the optimizer at the moment a run turns from 16 bit to ternary.
 
 λ, learning rate and weight decay are pure functions of the step (quant/schedule.py, optim.py).
-Adam's state is the only thing that an event changes, here, through fragments, in place: the
-Parameters, their masters and their owner stay what they were.
+Adam's state, and scales that are learned from now on, are all that an event changes, here, through
+fragments, in place: the Parameters, their owner and all other masters stay what they were.
 """
 
 import math
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from bitscale.engine import Fragment, TrainEngine
 from bitscale.mesh import Mesh
+from bitscale.model.bitlinear import bit_linears
+from bitscale.quant.learned import initial_scale
 
 
 def begin_transition(engine: TrainEngine, mesh: Mesh, policy: str) -> None:
-    """Apply the optimizer-state policy on every rank (a collective).
+    """Apply the optimizer-state policy and start learned scales, on every rank (a collective).
 
     Called before the first step of the transition, and only there: a run resumed at that step
     holds the state of before, a run resumed later holds the state of after.
     """
     assert_every_parameter_owned(engine, mesh)
     apply_optimizer_policy(engine.fragments(), policy)
+    start_learned_scales(engine)
+
+
+def start_learned_scales(engine: TrainEngine) -> None:
+    """Set every learned scale from its weight as it is now (a collective).
+
+    Their Adam moments become 0 whatever the policy: no gradient has reached them before.
+    """
+    initial: dict[str, Tensor] = {}
+    for name, layer in bit_linears(engine.module):
+        if layer.alpha is not None:
+            with engine.gathered(layer.weight) as weight_FD:
+                initial[f"{name}.alpha"] = initial_scale(weight_FD)
+    if not initial:
+        return
+    for fragment in engine.fragments():
+        if fragment.name in initial:
+            end = fragment.start + fragment.numel
+            fragment.master.copy_(initial[fragment.name][fragment.start : end])
+            fragment.exp_avg.zero_()
+            fragment.exp_avg_sq.zero_()
+    engine.publish_masters()
 
 
 def apply_optimizer_policy(fragments: Iterable[Fragment], policy: str) -> None:

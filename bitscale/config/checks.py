@@ -6,10 +6,13 @@ from bitscale.config.derived import (
     num_kv_heads,
     num_steps,
     quant_spec,
+    residual_peak,
+    residual_steps,
     span_steps,
     transition_step,
 )
 from bitscale.config.schema import Config
+from bitscale.config.spec import SPARSE_BLOCK
 from bitscale.errors import ConfigError
 
 # DeepSpeed keys that bitscale derives; letting a raw section change them would make the
@@ -146,6 +149,7 @@ def _check_transition(cfg: Config) -> None:
                 f"transition.{key} ends at step {start + length}, after the run's {steps}; "
                 "the model would never be fully ternary: shorten it or start earlier"
             )
+    _check_residual(cfg, start)
     if t.lr == "decay" and cfg.optim.schedule not in ("constant", "wsd"):
         raise ConfigError(
             f"transition.lr='decay' fuses the decay with the transition and needs "
@@ -162,6 +166,30 @@ def _check_transition(cfg: Config) -> None:
             )
 
 
+def _check_residual(cfg: Config, start: int) -> None:
+    if not residual_peak(cfg):
+        return
+    steps = num_steps(cfg)
+    if start + residual_steps(cfg) > steps - 1:
+        raise ConfigError(
+            f"transition.residual ends at step {start + residual_steps(cfg)}, but the run's last "
+            f"step is {steps - 1}: the finished model would still contain 16-bit weights; shorten "
+            "transition.residual.over, or leave it out"
+        )
+    if cfg.parallel.tp > 1:
+        raise ConfigError(
+            f"transition.residual adds 16-bit products that parallel.tp={cfg.parallel.tp} does not "
+            "share; use parallel.tp=1, or transition.residual.peak=0"
+        )
+    kernel, bits = cfg.quant.kernel, cfg.quant.gradient_bits
+    if kernel not in ("auto", "reference") or bits is not None:
+        raise ConfigError(
+            f"transition.residual needs 16-bit products beside the quantized ones, which "
+            f"quant.kernel={kernel!r} with quant.gradient_bits={bits} does not compute; use "
+            "quant.kernel=reference without gradient_bits, or transition.residual.peak=0"
+        )
+
+
 def _check_quant(cfg: Config) -> None:
     spec, m = quant_spec(cfg.quant), cfg.model
     widths = {"model.d_model": m.d_model, "model.d_ff": m.d_ff}
@@ -170,6 +198,11 @@ def _check_quant(cfg: Config) -> None:
     divisor = spec.hadamard or spec.weight.group_size or spec.weight.num_shards or 1
     what = "hadamard" if spec.hadamard else spec.weight.granularity
     for name, width in widths.items():
+        if spec.weight.measure == "sparse_absmean" and width % SPARSE_BLOCK:
+            raise ConfigError(
+                f"quant.preset={cfg.quant.preset!r} zeroes one of each {SPARSE_BLOCK} inputs, "
+                f"which does not divide {name}={width}; choose another size or preset"
+            )
         if width % divisor:
             raise ConfigError(
                 f"quant: {divisor} ({what}) does not divide {name}={width}; "

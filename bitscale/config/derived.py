@@ -48,6 +48,20 @@ def transition_step(cfg: Config) -> int | None:
     return None if at is None else point_step(at, cfg)
 
 
+def residual_peak(cfg: Config) -> float:
+    """Largest ε of the residual x wᵀ; 0: there is none."""
+    peak = cfg.transition.residual.peak
+    return quant_spec(cfg.quant).residual if peak is None else peak
+
+
+def residual_steps(cfg: Config) -> int:
+    """Steps from the transition on after which ε is 0; by default the run's last step has none."""
+    over, start = cfg.transition.residual.over, transition_step(cfg)
+    if over is not None:
+        return span_steps(over, cfg)
+    return 0 if start is None else num_steps(cfg) - 1 - start
+
+
 def num_kv_heads(cfg: Config) -> int:
     return cfg.model.num_kv_heads or cfg.model.num_heads
 
@@ -74,6 +88,9 @@ def quant_spec(quant: QuantConfig) -> QuantSpec:
             product=product,
             norm=quant.norm or base.norm,
             gradient=quant.gradient or base.gradient,
+            deadzone_bias=(
+                base.deadzone_bias if quant.deadzone_bias is None else quant.deadzone_bias
+            ),
             gradient_bits=quant.gradient_bits,
         )
     except ConfigError as error:
@@ -81,6 +98,11 @@ def quant_spec(quant: QuantConfig) -> QuantSpec:
 
 
 def _weight_spec(quant: QuantConfig, part: CodeSpec) -> CodeSpec:
+    if part.measure == "learned" and quant.weight_scale is not None:
+        raise ConfigError(
+            f"quant.weight_scale={quant.weight_scale!r} contradicts preset {quant.preset!r}, which "
+            "learns its scales; leave it out, or use another preset"
+        )
     granularity = quant.granularity or part.granularity
     changes = {
         "measure": quant.weight_scale or part.measure,

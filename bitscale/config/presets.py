@@ -202,6 +202,57 @@ def quest() -> QuantSpec:
     return QuantSpec(weight=part, activation=part, gradient="trust", hadamard=128)
 
 
+def paretoq() -> QuantSpec:
+    """α one parameter for each row, max|w| of the row when the transition begins; s = max(α, eps)
+    / 1.5, ŵ = s · clip(round(w / s), −1, 1): three equally wide levels within ±α. Activations stay
+    in 16 bit. The gradient of w passes where |w| <= .99 α; with q = w / α that of α is g Σ grad ·
+    (ŵ / α − q [|q| <= .99]) over its row, g = 1 / sqrt(number of weights).
+
+    Source: arXiv:2502.02631 (ParetoQ), SEQ for 1.58 bit; g and the form of α's gradient from
+    arXiv:1902.08153 (LSQ), section 2.2.
+    """
+    return QuantSpec(
+        weight=CodeSpec(measure="learned", numerator=1.5, granularity="row"),
+        activation=None,
+        product="dequantized",
+        gradient="lsq",
+    )
+
+
+def tequila() -> QuantSpec:
+    """As `group128` with halves away from zero and activations in 16 bit, and with a bias from the
+    weights D whose code is 0: y = linear(x, ŵ) + bias + .001 Σ_D w. A weight in D so gets the
+    gradient of ŵ, straight through, plus .001 Σ_T grad.
+
+    Source: arXiv:2509.23809 (Tequila); groups and .001 from its training script.
+    """
+    return QuantSpec(
+        weight=replace(_grouped(128).weight, rounding="half_away"),
+        activation=None,
+        product="dequantized",
+        deadzone_bias=1e-3,
+    )
+
+
+def sherry() -> QuantSpec:
+    """Of each 4 consecutive inputs the smallest |w| (the first of equals) has code 0, the others
+    sign(w), +1 for 0; s = mean of those others' |w| over 128 columns of a row, ŵ = s · code.
+    Activations stay in 16 bit. Training: y = linear(x, ŵ) + bias + ε x wᵀ, ε from 0 to 1 and
+    back to 0 (`transition.residual`).
+
+    Source: arXiv:2601.07892 (Sherry: 3:4 sparsity, sparse absmean, Arenas); groups and ε from its
+    training script and code.
+    """
+    part = CodeSpec(
+        measure="sparse_absmean",
+        granularity="group",
+        group_size=128,
+        eps_enters="step",  # nothing is divided by s, so that zeros stay zeros
+        statistics="fp64",
+    )
+    return QuantSpec(weight=part, activation=None, product="dequantized", residual=1.0)
+
+
 def _grouped(size: int) -> QuantSpec:
     return QuantSpec(
         weight=replace(ABSMEAN, granularity="group", group_size=size),
@@ -226,8 +277,8 @@ def with_bits(part: CodeSpec, bits: int) -> CodeSpec:
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     if part.measure == "absmax":
         numerator = float(high)
-    elif part.measure == "twn":
-        raise ConfigError("weight_scale='twn' is ternary: leave weight_bits out")
+    elif part.measure in ("twn", "sparse_absmean", "learned"):
+        raise ConfigError(f"weight_scale={part.measure!r} is ternary: leave weight_bits out")
     else:
         numerator = (1.0 if part.measure == "absmean" else 0.8453) / _LEAST_ERROR_STEP[bits]
     return replace(part, numerator=numerator, code_min=low, code_max=high)
@@ -253,6 +304,9 @@ PRESETS: dict[str, Callable[[], QuantSpec]] = {
         int3,
         int4,
         quest,
+        paretoq,
+        tequila,
+        sherry,
     )
 }
 

@@ -107,6 +107,9 @@ PresetName = Literal[
     "int3",
     "int4",
     "quest",
+    "paretoq",
+    "tequila",
+    "sherry",
 ]
 
 
@@ -132,6 +135,8 @@ class QuantConfig(Section):
     activation_max: Literal[127, 128] | None = None
     norm: Literal["none", "layernorm"] | None = None  # of the input, affine-free, at every λ
     gradient: Literal["identity", "clip"] | None = None  # clip: 0 beyond the outermost code
+    # share of the weights with code 0 that is added to the output as a bias (tequila: 0.001)
+    deadzone_bias: NonNegativeFloat | None = None
     eps: PositiveFloat = 1e-5  # smallest scale of weights, smallest maximum of activations
     # of the gradient in the backward products: integers, 8 rounded stochastically; null: floating
     gradient_bits: Literal[8, 16, 24] | None = None
@@ -181,6 +186,14 @@ class RampConfig(Section):
     over: Span = Span(steps=0)  # from the transition on
 
 
+class ResidualConfig(Section):
+    """Sherry's residual ε x wᵀ, added to every quantized layer's output (docs/schedules.md)."""
+
+    peak: NonNegativeFloat | None = None  # largest ε; null: the preset's (sherry 1, others 0)
+    warmup: Fraction = 0.1  # of its length, linear from 0 to the peak; then a cosine to 0
+    over: Span | None = None  # length from the transition on; null: up to the run's last step
+
+
 # YAML 1.1 reads a bare `off` as false.
 WeightDecayPolicy = Annotated[
     Literal["constant", "off", "off_at"], BeforeValidator(lambda v: "off" if v is False else v)
@@ -193,6 +206,7 @@ class TransitionConfig(Section):
     at: Point | None = None  # first quantized step; null: 16 bit throughout
     ramp: RampConfig = RampConfig()  # λ of weights
     activation_ramp: RampConfig | None = None  # null: as `ramp`
+    residual: ResidualConfig = ResidualConfig()  # ε x wᵀ beside the quantized product
     # Adam's moments when the transition begins
     optimizer_state: Literal["keep", "reset", "keep_second_moment"] = "keep"
     # rewarm: a second warm-up; decay: linear, from the transition to the end

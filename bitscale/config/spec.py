@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from bitscale.errors import ConfigError
 
-Measure = Literal["absmean", "absmedian", "absmax", "twn", "rms"]
+Measure = Literal["absmean", "absmedian", "absmax", "twn", "rms", "sparse_absmean", "learned"]
 Granularity = Literal["matrix", "row", "group", "row_shard", "column_shard"]
 Rounding = Literal["half_even", "half_up", "half_away", "odd", "stochastic"]
 EpsEnters = Literal["measure", "step", "added"]
@@ -25,13 +25,17 @@ Product = Literal["integer", "codes", "dequantized"]
 
 # fp32 adds integers exactly up to this.
 EXACT_INTEGERS = 2**24
+SPARSE_BLOCK = 4  # consecutive inputs of which sparse_absmean zeroes one
 
 
 @dataclass(frozen=True)
 class CodeSpec:
     """How one tensor (a weight, or the rows of an activation) becomes integer codes."""
 
-    measure: Measure  # of |t|: mean, lower median, maximum, the mean above 0.75 · mean, or rms
+    # of |t|: mean, lower median, maximum, the mean above 0.75 · mean (twn), rms; sparse_absmean:
+    # the mean without the smallest of each 4 consecutive inputs, whose code is 0 (the others' ±1);
+    # learned: a parameter of the layer, one for each row
+    measure: Measure
     numerator: float = 1.0  # n: the code that a value of size m gets
     code_min: int = -1
     code_max: int = 1
@@ -84,14 +88,26 @@ class QuantSpec:
     straight_through: Literal["replaced", "added"] = "replaced"
     # clip: the gradient of a weight beyond the outermost code is 0 (arXiv:1902.08153, eq. 3);
     # trust: that of a weight or an input further than s from its quantized value
-    # (arXiv:2502.05003, section 3.3)
-    gradient: Literal["identity", "clip", "trust"] = "identity"
+    # (arXiv:2502.05003, section 3.3); lsq: that of a weight beyond 0.99 of its learned scale,
+    # which gets a gradient too (quant/learned.py)
+    gradient: Literal["identity", "clip", "trust", "lsq"] = "identity"
     # Width of the orthonormal Hadamard blocks that rotate x and w along the inputs before
     # they are quantized: y = (x H)^ (w H)^T. None: no rotation
     hadamard: int | None = None
+    # Of the weights whose code is 0, this share is summed into the output as a bias, whatever the
+    # input (arXiv:2509.23809)
+    deadzone_bias: float = 0.0
+    # ε at its highest: training adds ε x wᵀ to the output and anneals ε to 0 by the step
+    # (arXiv:2601.07892; quant/schedule.py)
+    residual: float = 0.0
     # Bits of the gradient in the backward products; None: floating point. Only where a kernel
     # computes the layer (kernel_measure)
     gradient_bits: Literal[8, 16, 24] | None = None
+
+    @property
+    def learns_scale(self) -> bool:
+        """Whether the layer has a parameter α [F] beside its weight."""
+        return self.weight.measure == "learned"
 
     def __post_init__(self) -> None:
         _check_spec(self)
@@ -119,15 +135,25 @@ def _check_codes(part: CodeSpec) -> None:
         raise ConfigError(
             f"quantizer eps={part.eps:g} and numerator={part.numerator:g} must be positive"
         )
-    if part.measure == "twn" and not (
-        part.is_ternary
-        and part.rounding == "half_even"
-        and part.numerator == 1
-        and part.eps_enters == "measure"
-    ):
+    unrounded = part.is_ternary and part.rounding == "half_even" and part.numerator == 1
+    if part.measure == "twn" and not (unrounded and part.eps_enters == "measure"):
         raise ConfigError(
             "weight_scale='twn' thresholds instead of rounding: it is ternary only, with "
             "rounding='half_even', numerator 1 and eps as the smallest scale"
+        )
+    if part.measure == "sparse_absmean" and not (unrounded and part.scale_form == "divide"):
+        raise ConfigError(
+            "measure='sparse_absmean' ranks weights instead of rounding: it is ternary only, with "
+            "rounding='half_even', numerator 1 and scale_form='divide'"
+        )
+    if part.measure == "learned" and (
+        (part.granularity, part.rounding, part.eps_enters, part.scale_form, part.arithmetic)
+        != ("row", "half_even", "measure", "divide", "fp32")
+    ):
+        raise ConfigError(
+            "measure='learned' has one scale for each row, in fp32, with eps as the smallest: it "
+            "needs granularity='row', rounding='half_even', eps_enters='measure', "
+            "scale_form='divide' and arithmetic='fp32'"
         )
 
 
@@ -145,6 +171,11 @@ def _check_granularity(part: CodeSpec) -> None:
         )
     if (part.group_size or 1) < 1 or (part.num_shards or 1) < 1:
         raise ConfigError("group_size and num_shards must be positive")
+    if part.measure == "sparse_absmean" and (part.group_size or 0) % SPARSE_BLOCK:
+        raise ConfigError(
+            f"group_size={part.group_size} would split blocks of {SPARSE_BLOCK} inputs, of which "
+            f"measure='sparse_absmean' zeroes one; use a multiple of {SPARSE_BLOCK}"
+        )
 
 
 def _check_activation(activation: CodeSpec) -> None:
@@ -166,6 +197,8 @@ def _check_spec(spec: QuantSpec) -> None:
     weight, activation = spec.weight, spec.activation
     if activation is not None:
         _check_activation(activation)
+    _check_learned(spec)
+    _check_added_terms(spec)
     if spec.hadamard is not None and (spec.hadamard < 1 or spec.hadamard & (spec.hadamard - 1)):
         raise ConfigError(f"hadamard={spec.hadamard} is not a power of two")
     if spec.product != "dequantized" and not weight.scales_rows:
@@ -233,6 +266,37 @@ def kernel_measure(spec: QuantSpec) -> Literal["absmean", "absmedian"] | None:
         if replace(spec, gradient_bits=None) == QuantSpec(weight=weight, activation=rows):
             return measure  # type: ignore[return-value]
     return None
+
+
+def _check_learned(spec: QuantSpec) -> None:
+    if spec.learns_scale != (spec.gradient == "lsq"):
+        raise ConfigError(
+            f"measure={spec.weight.measure!r} with gradient={spec.gradient!r}: a learned scale "
+            "needs gradient='lsq', and only it has one"
+        )
+    if spec.learns_scale and (
+        spec.product != "dequantized"
+        or spec.hadamard is not None
+        or spec.straight_through == "added"
+    ):
+        raise ConfigError(
+            "measure='learned' differentiates ŵ itself: it needs product='dequantized', "
+            "straight_through='replaced' and no Hadamard rotation"
+        )
+
+
+def _check_added_terms(spec: QuantSpec) -> None:
+    for name in ("deadzone_bias", "residual"):
+        if not 0.0 <= getattr(spec, name) < float("inf"):
+            raise ConfigError(f"quantizer {name}={getattr(spec, name)} must be 0 or more")
+    has_zero = spec.weight.rounding != "odd"
+    if spec.deadzone_bias and (
+        spec.product == "codes" or spec.hadamard is not None or not has_zero
+    ):
+        raise ConfigError(
+            "deadzone_bias sums weights whose code is 0, in their own units: it needs codes with "
+            "a 0, no Hadamard rotation, and product integer or dequantized"
+        )
 
 
 def max_exact_inputs(spec: QuantSpec) -> int:

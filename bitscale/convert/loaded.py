@@ -11,7 +11,7 @@ from bitscale.config import ModelConfig, QuantConfig, parse_config
 from bitscale.errors import CheckpointError
 from bitscale.model.bitlinear import set_strength
 from bitscale.model.decoder import Decoder
-from bitscale.quant.schedule import Strength
+from bitscale.quant.schedule import Strength, quant_strength
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -47,7 +47,9 @@ def load_checkpoint(path: Path) -> LoadedModel:
         raise CheckpointError(f"{path}: does not fit its own configuration: {error}") from error
     if cfg.model.tie_embeddings:
         model.head.weight = nn.Parameter(model.embed.weight.data)
-    strength = Strength(meta.lambda_weight, meta.lambda_activation)
+    # The step that was trained last; ε follows from it, as λ does, which the checkpoint repeats.
+    residual = quant_strength(max(meta.step - 1, 0), cfg).residual
+    strength = Strength(meta.lambda_weight, meta.lambda_activation, residual)
     set_strength(model, strength)
     paths = tuple(corpus.path for corpus in cfg.data.corpora)
     return LoadedModel(

@@ -1,7 +1,8 @@
 """bitscale's packed form: ternary layers at 2 bits a weight, everything else in 16 (or 32) bit.
 
     model.safetensors   NAME.weight uint8 [F/4, D] (layout: quant/pack.py) with NAME.weight_scale
-                        fp32 scalar for every ternary layer; other tensors as they are
+                        fp32 scalar for every ternary layer; other tensors as they are, but
+                        for a NAME.bias with what the quantizer adds (quant.deadzone_bias)
     config.json         shape, quantizer, provenance and the SHA-256 over all codes
     tokenizer.*         copied from the corpus that the model was trained on
 
@@ -27,8 +28,8 @@ from bitscale.data.corpus import load_corpus
 from bitscale.errors import CheckpointError, DataError
 from bitscale.model.bitlinear import PackedBitLinear, bit_linears
 from bitscale.quant.pack import pack_2bit, unpack_2bit
-from bitscale.quant.reference import ternarize
-from bitscale.quant.schedule import TERNARY
+from bitscale.quant.reference import finished_bias, ternarize
+from bitscale.quant.schedule import TERNARY, quant_strength
 
 FORMAT = "bitscale-packed-1"
 
@@ -49,6 +50,12 @@ def export_packed(source: Path, out: Path) -> dict[str, Any]:
         raise CheckpointError(f"{out} already exists; choose another directory or remove it")
     cfg = parse_config(reader.meta.config, where=str(source))
     refuse_unpackable(cfg)
+    residual = quant_strength(max(reader.meta.step - 1, 0), cfg).residual
+    if residual:
+        raise CheckpointError(
+            f"{source} is at a residual of {residual:g} x wᵀ, not 0: its outputs still contain "
+            "16-bit weights; train past the end of transition.residual first"
+        )
     tensors, digest = _pack_all(reader, cfg)
     description = _describe(reader, cfg, digest)
     staging = out.with_name(f".{out.name}.partial")
@@ -140,6 +147,7 @@ def refuse_unpackable(cfg: Config) -> None:
     reasons = {
         f"codes {weight.code_min}..{weight.code_max}, not ternary": not weight.is_ternary,
         f"a scale per {weight.granularity}, not one a matrix": weight.granularity != "matrix",
+        "scales of its own, one a row": spec.learns_scale,
         "codes drawn anew at every step": weight.rounding == "stochastic",
         "a division by 1 / scale": spec.product == "codes",
         "sums x + (x̂ - x) instead of x̂": spec.straight_through == "added",
@@ -158,7 +166,7 @@ def _pack_all(reader: Reader, cfg: Config) -> tuple[dict[str, Tensor], str]:
     for name, master in reader.parameters():
         weight = master.to(DTYPES[cfg.train.dtype])
         if name not in ternary:
-            tensors[name] = weight
+            tensors.setdefault(name, weight)  # a finished bias is there already
             continue
         if weight.shape[0] % 4:
             raise CheckpointError(
@@ -168,7 +176,18 @@ def _pack_all(reader: Reader, cfg: Config) -> tuple[dict[str, Tensor], str]:
         codes, scale = ternarize(weight, cfg.quant)
         tensors[name] = pack_2bit(codes)
         tensors[f"{name}_scale"] = scale
+        bias_name = f"{name.removesuffix('.weight')}.bias"
+        bias = finished_bias(weight, _bias(reader, cfg, bias_name), cfg.quant)
+        if bias is not None:
+            tensors[bias_name] = bias
     return tensors, codes_digest(tensors)
+
+
+def _bias(reader: Reader, cfg: Config, name: str) -> Tensor | None:
+    if name not in reader.meta.shapes:
+        return None
+    bias = reader.read(name, "master", 0, *reader.meta.shapes[name])
+    return bias.to(DTYPES[cfg.train.dtype])
 
 
 def _describe(reader: Reader, cfg: Config, digest: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from bitscale.model.norms import RMSNorm
 from bitscale.model.vocabulary import vocabulary_range
 from bitscale.quant.kernels import Kernels, Measure, get_kernels
 from bitscale.quant.kernels.linear import ternary_linear
+from bitscale.quant.learned import initial_scale
 from bitscale.quant.pack import unpack_2bit
 from bitscale.quant.quantizer import Codes
 from bitscale.quant.reference import (
@@ -69,6 +70,7 @@ class QuantizedLinear:
     bias: nn.Parameter | None
     quant: Quant
     spec: QuantSpec  # that follows from `quant`
+    alpha: nn.Parameter | None
     strength: Strength
     rows: tuple[int, ...] | None
     kernels: Kernels | None  # None: the specification (quant/reference.py) computes this preset
@@ -85,13 +87,22 @@ class QuantizedLinear:
         self.quant, self.strength, self.rows = quant, strength, rows
         self.spec, self.kernels = as_spec(quant), kernels
         self.prepared = self._prepared_for = None
+        self.alpha = None
+        if self.spec.learns_scale:
+            scale_F = initial_scale(self.weight).to(self.weight.dtype)
+            self.alpha = nn.Parameter(scale_F, requires_grad=self.weight.requires_grad)
+
+    def start_scale(self) -> None:
+        """Give a learned scale its initial value, from the weight as it is."""
+        if self.alpha is not None:
+            with torch.no_grad():
+                self.alpha.copy_(initial_scale(self.weight))
 
     def forward(self, x: Tensor | QuantizedInput) -> Tensor:
         given = self.quantize_input(x) if isinstance(x, Tensor) else x
         weight = self._weight()
-        if self.kernels is None or self.strength == SIXTEEN_BIT:
+        if self._kernels is None or self.strength == SIXTEEN_BIT:
             assert given.strength == 0.0, "this layer quantizes its own input"
-            specified = None if weight is None else weight.specified
             return bit_linear(
                 given.x_TD,
                 self.weight,
@@ -99,7 +110,8 @@ class QuantizedLinear:
                 self.strength,
                 self.spec,
                 self.rows,
-                codes=specified,
+                alpha_F=self.alpha,
+                codes=None if weight is None else weight.specified,
             )
         assert given.strength == self.strength.activation, "the input has another layer's λ"
         if self.strength == TERNARY:
@@ -111,7 +123,7 @@ class QuantizedLinear:
                 self.bias,
                 given.rows,
                 codes,
-                self.kernels,
+                self._kernels,
                 bits=self.spec.gradient_bits,
                 main_grad_FD=getattr(self.weight, "main_grad", None),
             )
@@ -123,18 +135,18 @@ class QuantizedLinear:
 
     def quantize_input(self, x_TD: Tensor, norm: nn.Module | None = None) -> QuantizedInput:
         """x, or norm(x), as this layer multiplies it."""
-        strength = self.strength.activation
-        if self.kernels is None or strength == 0.0:
+        strength, kernels = self.strength.activation, self._kernels
+        if kernels is None or strength == 0.0:
             return QuantizedInput(x_TD if norm is None else norm(x_TD), None, 0.0)
         if self.strength != TERNARY:
             x_TD = x_TD if norm is None else norm(x_TD)
-            blended_TD = self.kernels.blend_rows(x_TD, self._eps(), strength)
+            blended_TD = kernels.blend_rows(x_TD, self._eps(), strength)
             return QuantizedInput(straight_through(x_TD, blended_TD), None, strength)
         if isinstance(norm, RMSNorm):
-            carrier_TD, rows = norm(x_TD, (self.kernels, self._eps()))
+            carrier_TD, rows = norm(x_TD, (kernels, self._eps()))
             return QuantizedInput(carrier_TD, rows, strength)
         x_TD = x_TD if norm is None else norm(x_TD)
-        return QuantizedInput(x_TD, self.kernels.quantize_rows(x_TD, self._eps()), strength)
+        return QuantizedInput(x_TD, kernels.quantize_rows(x_TD, self._eps()), strength)
 
     def prepare_weight(self) -> None:
         """Compute what the coming forward passes share, unless it is there already."""
@@ -155,10 +167,11 @@ class QuantizedLinear:
     def _prepare(self) -> PreparedWeight | None:
         if self.strength.weight == 0.0:
             return None
-        if self.kernels is None:
+        if self._kernels is None:
             if self.spec.weight.rounding == "stochastic":
                 return None  # drawn anew in every forward pass
-            return PreparedWeight(None, None, weight_codes(self.weight, self.spec, self.rows))
+            codes = weight_codes(self.weight, self.spec, self.rows, self.alpha)
+            return PreparedWeight(None, None, codes)
         if self.strength == TERNARY:
             return PreparedWeight(self._ternarize(), None, None)
         return PreparedWeight(None, self._blend(), None)
@@ -172,7 +185,14 @@ class QuantizedLinear:
         return self.prepared
 
     def _made_for(self) -> tuple[object, ...]:
-        return (self.weight._version, self.weight.data_ptr(), self.strength, self.spec)
+        parameters = [self.weight] if self.alpha is None else [self.weight, self.alpha]
+        versions = tuple((p._version, p.data_ptr()) for p in parameters)
+        return (versions, self.strength, self.spec)
+
+    @property
+    def _kernels(self) -> Kernels | None:
+        """What computes the layer now: no kernel knows the residual."""
+        return None if self.strength.residual else self.kernels
 
     def _ternarize(self) -> Ternary:
         assert self.kernels is not None
@@ -192,14 +212,18 @@ class QuantizedLinear:
 
 
 # The attributes that make a module's linear layer a quantized one.
-QUANTIZATION = tuple(QuantizedLinear.__annotations__.keys() - {"weight", "bias"})
+QUANTIZATION = tuple(
+    name for name in QuantizedLinear.__annotations__ if name not in ("weight", "bias")
+)
 
 
 class BitLinear(QuantizedLinear, nn.Linear):  # type: ignore[misc]
     """y[..., F] = linear(x[..., D]) at the strength last given to `set_strength`.
 
     `rows`: the weight holds several logical matrices of so many rows each, stacked (q, k, v), and
-    each has its own scale; None: one matrix.
+    each has its own scale; None: one matrix. `alpha` [F] is a Parameter if the quantizer learns
+    its scales (paretoq), else None. It exists from the start, so that the optimizer owns it, has a
+    gradient of 0 at λ = 0, and is set from the weight when the transition begins.
     """
 
     def __init__(self, d_in: int, d_out: int, quant: Quant, *, bias: bool = False) -> None:
@@ -219,10 +243,13 @@ class BitConv2d(nn.Conv2d):
     strength: Strength
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Conv2d gave it
-        weight, activation = self.strength
+        weight, activation, residual = self.strength
         w = blend_weight(self.weight.flatten(1), weight, self.quant).view_as(self.weight)
         x = blend_tokens(input.flatten(-3), activation, self.quant).view_as(input)
-        return cast(Tensor, self._conv_forward(x, w, self.bias))
+        y = cast(Tensor, self._conv_forward(x, w, self.bias))
+        if residual == 0.0:
+            return y
+        return torch.add(y, self._conv_forward(input, self.weight, None), alpha=residual)
 
 
 class PackedBitLinear(nn.Module):
@@ -343,6 +370,11 @@ def forget_weights(model: nn.Module) -> None:
     """Drop what `prepare_weights` has computed."""
     for _, layer in bit_linears(model):
         layer.forget_weight()
+
+
+def is_scale(parameter_name: str) -> bool:
+    """Whether the parameter is a BitLinear's learned scale."""
+    return parameter_name.endswith(".alpha")
 
 
 def bit_linears(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:

@@ -40,7 +40,8 @@ def bitlinearize(
     several logical matrices stacked by rows, each to have its own scale: {pattern: rows of each},
     or {pattern: number of equal parts}. `strength` is λ from now on (change it with
     `set_strength`). `kernel` computes b158 and absmedian on the device where the weights are now:
-    reference, cpu, triton, or auto (`set_kernels` changes it).
+    reference, cpu, triton, or auto (`set_kernels` changes it). A preset with learned scales
+    (paretoq) adds a Parameter `alpha` to every layer; an optimizer built before does not own it.
 
     Raises KernelUnavailable if `kernel` does not run there; ConfigError if a pattern matches
     nothing or nothing is left to convert, for a subclass of the two layers, whose own forward
@@ -72,7 +73,7 @@ def bitlinearize(
 def unbitlinearize(model: nn.Module) -> tuple[str, ...]:
     """Turn every BitLinear and BitConv2d of `model` back in place; returns their names in order.
 
-    Weights keep their latent values: the model is the 16-bit one again.
+    Weights keep their latent values: the model is the 16-bit one again; learned scales are gone.
     """
     converted = [
         (name, module)
@@ -83,6 +84,7 @@ def unbitlinearize(model: nn.Module) -> tuple[str, ...]:
         module.__class__ = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d  # type: ignore[assignment]
         for attribute in QUANTIZATION:
             module.__dict__.pop(attribute, None)
+        module._parameters.pop("alpha", None)
     return tuple(name for name, _ in converted)
 
 
@@ -164,6 +166,11 @@ def _check_layer(
             f"lost or which its parent may not call; exclude it (exclude={name!r})"
         )
     rows_only = spec.norm != "none" or spec.product == "codes" or spec.hadamard is not None
+    if isinstance(layer, nn.Conv2d) and (spec.learns_scale or spec.deadzone_bias):
+        raise ConfigError(
+            f"bitlinearize: {name} is a Conv2d, for which learned scales and the bias of dead "
+            "weights are not defined; exclude it or use another preset"
+        )
     if isinstance(layer, nn.Conv2d) and rows_only:
         raise ConfigError(
             f"bitlinearize: {name} is a Conv2d, for which norm={spec.norm!r} with "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitscale.config import ModelConfig, QuantConfig
-from bitscale.model.bitlinear import Head, shared_input
+from bitscale.model.bitlinear import Head, bit_linears, shared_input
 from bitscale.model.collectives import shard_of
 from bitscale.model.layers import MLP, Attention, Ranks, Rotary
 from bitscale.model.norms import make_norm
@@ -96,6 +96,8 @@ class Decoder(nn.Module):
                     else:
                         whole = torch.empty(shard.whole).normal_(0.0, std, generator=generator)
                         parameter.copy_(shard.of(whole))
+        for _, layer in bit_linears(self):
+            layer.start_scale()
 
     def forward(
         self,

@@ -292,7 +292,12 @@ def check_shared_spec(spec: QuantSpec) -> None:
         and (weight.numerator, weight.rounding, weight.scale_form) == (1.0, "half_even", "divide")
         and weight.granularity in ("matrix", "row_shard", "column_shard")
     )
-    if kernel_measure(spec) is not None or (spec.activation is None and is_plain_ternary):
+    if kernel_measure(spec) is not None:
+        return
+    # Nothing but the weight differs: no norm, clipped gradient, rotation or term of its own.
+    if is_plain_ternary and spec == QuantSpec(
+        weight=weight, activation=None, product="dequantized"
+    ):
         return
     raise ConfigError(
         "tensor parallelism knows the presets b158, absmedian, weight_only and trilm; this quant "

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitscale.config.spec import CodeSpec
+from bitscale.config.spec import SPARSE_BLOCK, CodeSpec
 from bitscale.errors import ConfigError
 
 _TWN_THRESHOLD = 0.75  # of the mean magnitude
@@ -23,23 +23,41 @@ class Codes(NamedTuple):
     scale: Tensor  # [] for one tile, else [A, B]; fp32, or the tensor's dtype if native
 
 
-def quantize(x_FD: Tensor, part: CodeSpec, generator: torch.Generator | None = None) -> Codes:
+def quantize(
+    x_FD: Tensor,
+    part: CodeSpec,
+    generator: torch.Generator | None = None,
+    alpha_F: Tensor | None = None,
+) -> Codes:
     """Codes of a matrix [F, D] (any floating dtype); no gradient.
 
-    `generator` feeds rounding='stochastic' and defaults to torch's own.
+    `generator` feeds rounding='stochastic' and defaults to torch's own. `alpha_F`: the learned
+    scales, for measure='learned' and only there (initially `learned.initial_scale`).
 
-    Raises ConfigError if the matrix does not divide into the spec's groups or shards.
+    Raises:
+        ConfigError: the matrix does not divide into the spec's groups, shards or blocks.
+        ValueError: learned scales are missing or superfluous.
     """
+    if (alpha_F is None) == (part.measure == "learned"):
+        raise ValueError(
+            f"measure={part.measure!r} with {'no ' if alpha_F is None else ''}learned scales: "
+            "measure='learned' needs one for each row (learned.initial_scale), no other has any"
+        )
     x_FD = x_FD.detach()
     num_tiles = tile_counts(x_FD.shape[0], x_FD.shape[1], part)
     arithmetic = x_FD.dtype if part.arithmetic == "native" else torch.float32
     t_ABN = _to_tiles(x_FD.to(arithmetic), num_tiles)
-    measure_AB1, threshold_AB1 = _measure(t_ABN, part)
+    survives_ABN = None
+    if alpha_F is not None:
+        measure_AB1 = alpha_F.detach().float()[:, None, None]
+    else:
+        measure_AB1, survives_ABN = _measure(t_ABN, part)
     scale_AB1, scaled_ABN = _scale(t_ABN, measure_AB1, part, x_FD.dtype)
-    if threshold_AB1 is None:
+    if survives_ABN is None:
         rounded_ABN = _round(scaled_ABN, part.rounding, generator)
     else:
-        rounded_ABN = t_ABN.sign() * (t_ABN.abs() > threshold_AB1)
+        # A survivor is never 0: of twn none can be, of sparse_absmean a 0 counts as positive.
+        rounded_ABN = torch.where(t_ABN < 0, -1.0, 1.0) * survives_ABN
     codes_ABN = rounded_ABN.clamp_(part.code_min, part.code_max).to(torch.int8)
     scale = scale_AB1.reshape(()) if num_tiles == (1, 1) else scale_AB1.squeeze(-1)
     return Codes(_from_tiles(codes_ABN, x_FD.shape, num_tiles), scale)
@@ -78,7 +96,18 @@ def inside_range(x_FD: Tensor, codes: Codes, part: CodeSpec) -> Tensor:
 
 
 def tile_counts(rows: int, columns: int, part: CodeSpec) -> tuple[int, int]:
-    """(A, B) of a matrix. Raises ConfigError if it does not divide into groups or shards."""
+    """(A, B) of a matrix. Raises ConfigError if it does not divide into groups, shards, blocks."""
+    A, B = _tile_counts(rows, columns, part)
+    if part.measure == "sparse_absmean" and columns // B % SPARSE_BLOCK:
+        raise ConfigError(
+            f"quantizer measure='sparse_absmean' zeroes one of each {SPARSE_BLOCK} inputs, but "
+            f"{columns // B} inputs of a [{rows}, {columns}] weight share a scale; use sizes that "
+            f"are multiples of {SPARSE_BLOCK}, or another preset"
+        )
+    return A, B
+
+
+def _tile_counts(rows: int, columns: int, part: CodeSpec) -> tuple[int, int]:
     match part.granularity:
         case "matrix":
             return 1, 1
@@ -121,7 +150,7 @@ def _from_tiles(t_ABN: Tensor, shape: torch.Size, num_tiles: tuple[int, int]) ->
 
 
 def _measure(t_ABN: Tensor, part: CodeSpec) -> tuple[Tensor, Tensor | None]:
-    """m of every tile, [A, B, 1], and for twn the threshold below which codes are 0."""
+    """m of every tile, [A, B, 1], and where codes are not 0 if that does not follow by rounding."""
     magnitude = t_ABN.abs()
     if part.measure == "absmax":
         return magnitude.amax(dim=-1, keepdim=True), None
@@ -130,6 +159,11 @@ def _measure(t_ABN: Tensor, part: CodeSpec) -> tuple[Tensor, Tensor | None]:
     if part.measure == "absmedian":
         return magnitude.median(dim=-1, keepdim=True).values, None
     is_exact = part.statistics == "fp64"
+    if part.measure == "sparse_absmean":
+        survives = _all_but_smallest(magnitude)
+        survivors = magnitude * survives
+        total = exact_sum(survivors) if is_exact else survivors.sum(dim=-1, keepdim=True)
+        return total / (magnitude.shape[-1] // SPARSE_BLOCK * (SPARSE_BLOCK - 1)), survives
     # mean() and not sum() / N: in bf16 a sum would be rounded before the division.
     mean = exact_mean(magnitude) if is_exact else magnitude.mean(dim=-1, keepdim=True)
     if part.measure == "absmean":
@@ -139,7 +173,17 @@ def _measure(t_ABN: Tensor, part: CodeSpec) -> tuple[Tensor, Tensor | None]:
     survivors = magnitude * survives
     total = exact_sum(survivors) if is_exact else survivors.sum(dim=-1, keepdim=True)
     # At least 1: a tile of zeros has no survivors.
-    return total / survives.sum(dim=-1, keepdim=True).clamp(min=1), threshold.to(t_ABN.dtype)
+    mean_of_survivors = total / survives.sum(dim=-1, keepdim=True).clamp(min=1)
+    return mean_of_survivors, magnitude > threshold.to(t_ABN.dtype)
+
+
+def _all_but_smallest(magnitude_ABN: Tensor) -> Tensor:
+    """False at the smallest of each 4 consecutive elements, the first of equals; else True."""
+    A, B, N = magnitude_ABN.shape
+    blocks = magnitude_ABN.reshape(A, B, N // SPARSE_BLOCK, SPARSE_BLOCK)
+    smallest = blocks.sort(dim=-1, stable=True).indices[..., :1]
+    survives = torch.ones_like(blocks, dtype=torch.bool).scatter_(-1, smallest, False)
+    return survives.view(A, B, N)
 
 
 def exact_mean(magnitude: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from bitscale.config import QuantConfig, quant_spec
 from bitscale.config.presets import INT8_ROWS
 from bitscale.config.spec import CodeSpec, QuantSpec, max_exact_inputs
 from bitscale.errors import ConfigError
+from bitscale.quant.learned import inside_clip, with_scale_gradient, with_zero_gradient
 from bitscale.quant.quantizer import Codes, dequantize, inside_range, quantize, step
 from bitscale.quant.schedule import Strength
 
@@ -53,9 +54,9 @@ def as_spec(quant: Quant) -> QuantSpec:
     return quant if isinstance(quant, QuantSpec) else quant_spec(quant)
 
 
-def weight_scale(w_FD: Tensor, quant: Quant) -> Tensor:
+def weight_scale(w_FD: Tensor, quant: Quant, alpha_F: Tensor | None = None) -> Tensor:
     """The weight's scale: fp32 scalar for one matrix, else [A, B] tiles."""
-    return ternarize(w_FD, quant).scale
+    return ternarize(w_FD, quant, alpha_F=alpha_F).scale
 
 
 def ternarize(
@@ -63,23 +64,30 @@ def ternarize(
     quant: Quant,
     rows: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
+    alpha_F: Tensor | None = None,
 ) -> Ternary:
     """Codes and scale of a weight of any floating dtype.
 
     `rows`: a fused parameter holds several logical matrices of so many rows each, stacked; each
-    is quantized alone, and the scale comes as one per row, [F, B]. `generator` as in `quantize`.
+    is quantized alone, and the scale comes as one per row, [F, B]. `generator` and `alpha_F` (of
+    all rows) as in `quantize`.
     The codes are those of the rotated weight if the spec rotates.
     """
     spec = as_spec(quant)
     part = spec.weight
-    codes = _quantize_weight(_rotate(w_FD.detach(), spec), part, rows, generator)
+    codes = _quantize_weight(_rotate(w_FD.detach(), spec), part, rows, generator, alpha_F)
     return Ternary(codes.codes, step(codes, part))
 
 
-def weight_codes(w_FD: Tensor, quant: Quant, rows: Sequence[int] | None = None) -> Codes:
+def weight_codes(
+    w_FD: Tensor,
+    quant: Quant,
+    rows: Sequence[int] | None = None,
+    alpha_F: Tensor | None = None,
+) -> Codes:
     """The codes that `bit_linear` makes of a weight, to be made once for several calls."""
     spec = as_spec(quant)
-    return _quantize_weight(_rotate(w_FD.detach(), spec), spec.weight, rows)
+    return _quantize_weight(_rotate(w_FD.detach(), spec), spec.weight, rows, alpha_F=alpha_F)
 
 
 def straight_through(latent: Tensor, quantized: Tensor) -> Tensor:
@@ -101,6 +109,7 @@ def bit_linear(
     quant: Quant,
     rows: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
+    alpha_F: Tensor | None = None,
     codes: Codes | None = None,
 ) -> Tensor:
     """Linear layer at quantization strength λ; same dtype and leading shape as `x_TD`.
@@ -108,26 +117,51 @@ def bit_linear(
     Gradients pass straight through the rounding to x and w (to w only inside the range of codes,
     if the spec says `gradient: clip`). λ = 0 is bitwise `F.linear`, after the spec's norm if it
     has one. At λ = 1 and `product: integer` codes are multiplied, summed exactly and dequantized
-    once. `rows` and `generator` as in `ternarize`; `codes` are those of `weight_codes`, if the
-    caller has them.
+    once. `rows`, `generator` and `alpha_F` as in `ternarize`; α gets a gradient of 0 at λ = 0.
+    `codes` are those of `weight_codes`, if the caller has them. A residual strength ε adds ε x wᵀ.
 
     Raises:
-        ValueError: λ = 1 with more inputs than fp32 can sum exactly (131,072 for b158).
+        ValueError: λ = 1 with more inputs than fp32 can sum exactly (131,072 for b158); learned
+            scales are missing or superfluous.
     """
     spec = as_spec(quant)
-    weight, activation = strength
-    if spec.activation is None:
-        activation = 0.0
     if spec.norm == "layernorm":
         x_TD = F.layer_norm(x_TD, x_TD.shape[-1:], eps=_LAYER_NORM_EPS)
-    if weight == 0.0 and activation == 0.0:
-        return F.linear(x_TD, w_FD, bias_F)
+    if strength.weight == 0.0 and alpha_F is not None:
+        w_FD = with_zero_gradient(w_FD, alpha_F)
+    if strength.weight == 0.0 and (strength.activation == 0.0 or spec.activation is None):
+        y_TF = F.linear(x_TD, w_FD, bias_F)
+    else:
+        y_TF = _quantized_linear(
+            x_TD, w_FD, bias_F, strength, spec, rows, generator, alpha_F, codes
+        )
+    if strength.residual == 0.0:
+        return y_TF
+    return torch.add(y_TF, F.linear(x_TD, w_FD), alpha=strength.residual)
+
+
+def _quantized_linear(
+    x_TD: Tensor,
+    w_FD: Tensor,
+    bias_F: Tensor | None,
+    strength: Strength,
+    spec: QuantSpec,
+    rows: Sequence[int] | None,
+    generator: torch.Generator | None,
+    alpha_F: Tensor | None,
+    codes: Codes | None,
+) -> Tensor:
+    """`bit_linear` where something is quantized, without norm and residual."""
+    weight, activation, _ = strength
+    if spec.activation is None:
+        activation = 0.0
     x_TD, w_FD = _rotate(x_TD, spec), _rotate(w_FD, spec)
     w_codes = None
     if weight:
-        w_codes = codes or _quantize_weight(w_FD, spec.weight, rows, generator)
+        w_codes = codes or _quantize_weight(w_FD, spec.weight, rows, generator, alpha_F)
     if w_codes is not None:
-        w_FD = _masked_gradient(w_FD, w_codes, spec)
+        bias_F = _with_deadzone(bias_F, w_FD, w_codes, weight, spec)
+        w_FD = _masked_gradient(w_FD, w_codes, spec, alpha_F)
     if spec.product == "codes":
         return _codes_linear(x_TD, w_FD, w_codes, bias_F, strength, spec)
     if weight == 1.0 and activation == 1.0 and spec.product == "integer":
@@ -141,7 +175,7 @@ def bit_linear(
         y_TF = _IntegerLinear.apply(x_TD, w_FD, bias_F, w_codes, spec)  # type: ignore[no-untyped-call]
         return cast(Tensor, y_TF)
     if w_codes is not None:
-        w_FD = _blend(w_FD, dequantize(w_codes, spec.weight), weight, spec)
+        w_FD = _blend_codes(w_FD, w_codes, weight, spec, alpha_F, rows)
     return F.linear(blend_tokens(x_TD, activation, spec), w_FD, bias_F)
 
 
@@ -156,20 +190,35 @@ def blend_tokens(x_TD: Tensor, strength: float, quant: Quant) -> Tensor:
     return _blend(x_TD, _dequantized_tokens(x_TD, spec.activation), strength, spec)
 
 
-def blend_weight(w_FD: Tensor, strength: float, quant: Quant) -> Tensor:
+def blend_weight(
+    w_FD: Tensor, strength: float, quant: Quant, alpha_F: Tensor | None = None
+) -> Tensor:
     """w + λ (ŵ − w), the gradient as in `bit_linear`; λ = 0 gives back `w_FD` itself."""
     spec = as_spec(quant)
     if strength == 0.0:
         return w_FD
-    codes = _quantize_weight(w_FD, spec.weight)
-    return _blend(
-        _masked_gradient(w_FD, codes, spec), dequantize(codes, spec.weight), strength, spec
-    )
+    codes = _quantize_weight(w_FD, spec.weight, alpha_F=alpha_F)
+    w_FD = _masked_gradient(w_FD, codes, spec, alpha_F)
+    return _blend_codes(w_FD, codes, strength, spec, alpha_F)
+
+
+def finished_bias(
+    w_FD: Tensor,
+    bias_F: Tensor | None,
+    quant: Quant,
+    rows: Sequence[int] | None = None,
+) -> Tensor | None:
+    """The bias of a finished layer: its own, and the spec's share of weights whose code is 0."""
+    spec = as_spec(quant)
+    if not spec.deadzone_bias:
+        return bias_F
+    codes = _quantize_weight(w_FD, spec.weight, rows)
+    return _with_deadzone(bias_F, w_FD.detach(), codes, 1.0, spec)
 
 
 def int8_linear(x_TD: Tensor, w_FD: Tensor, strength: Strength, quant: Quant) -> Tensor:
     """Linear layer with 8-bit weights per output row and 8-bit activations (the 8-bit head)."""
-    weight, activation = strength
+    weight, activation, _ = strength
     spec = as_spec(quant)
     eps = spec.weight.eps
     if activation:
@@ -181,6 +230,8 @@ def int8_linear(x_TD: Tensor, w_FD: Tensor, strength: Strength, quant: Quant) ->
 
 def ternary_linear(x_TD: Tensor, weight: Ternary, bias_F: Tensor | None, quant: Quant) -> Tensor:
     """The λ = 1 forward pass from codes, without gradient: the exact pass that training ran.
+
+    `bias_F` is that of `finished_bias`.
 
     Raises:
         ValueError: the spec divides by q (`product: codes`), which the step does not give back.
@@ -214,10 +265,15 @@ def _quantize_weight(
     part: CodeSpec,
     rows: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
+    alpha_F: Tensor | None = None,
 ) -> Codes:
     if rows is None:
-        return quantize(w_FD, part, generator)
-    matrices = [quantize(w, part, generator) for w in torch.split(w_FD.detach(), list(rows))]
+        return quantize(w_FD, part, generator, alpha_F)
+    alphas = [None] * len(rows) if alpha_F is None else list(torch.split(alpha_F, list(rows)))
+    matrices = [
+        quantize(w, part, generator, alpha)
+        for w, alpha in zip(torch.split(w_FD.detach(), list(rows)), alphas, strict=True)
+    ]
     scales = [_scale_per_row(*matrix) for matrix in matrices]
     return Codes(torch.cat([matrix.codes for matrix in matrices]), torch.cat(scales))
 
@@ -265,10 +321,41 @@ def _blend(latent: Tensor, quantized: Tensor, strength: float, spec: QuantSpec) 
     return cast(Tensor, blended)
 
 
-def _masked_gradient(w_FD: Tensor, codes: Codes, spec: QuantSpec) -> Tensor:
+def _blend_codes(
+    w_FD: Tensor,
+    codes: Codes,
+    strength: float,
+    spec: QuantSpec,
+    alpha_F: Tensor | None,
+    rows: Sequence[int] | None = None,
+) -> Tensor:
+    """w + λ (ŵ − w) as in `_blend`; the gradient goes to learned scales too."""
+    blended_FD = _blend(w_FD, dequantize(codes, spec.weight), strength, spec)
+    if alpha_F is None:
+        return blended_FD
+    return with_scale_gradient(
+        blended_FD, alpha_F, w_FD, codes.codes, spec.weight, strength=strength, rows=rows
+    )
+
+
+def _with_deadzone(
+    bias_F: Tensor | None, w_FD: Tensor, codes: Codes, strength: float, spec: QuantSpec
+) -> Tensor | None:
+    """bias + λ share Σ of the weights whose code is 0 (arXiv:2509.23809), in w's dtype."""
+    if not spec.deadzone_bias:
+        return bias_F
+    sums_F = (w_FD.float() * (codes.codes == 0)).sum(dim=1) * (strength * spec.deadzone_bias)
+    return (sums_F if bias_F is None else bias_F.float() + sums_F).to(w_FD.dtype)
+
+
+def _masked_gradient(
+    w_FD: Tensor, codes: Codes, spec: QuantSpec, alpha_F: Tensor | None = None
+) -> Tensor:
     """`w_FD`, whose gradient is 0 beyond the outermost code if the spec says so."""
     if spec.gradient == "identity":
         return w_FD
+    if alpha_F is not None:
+        return _masked(w_FD, inside_clip(w_FD, alpha_F, spec.weight))
     if spec.gradient == "trust":
         error_FD = (w_FD.detach() - dequantize(codes, spec.weight)).abs()
         return _masked(w_FD, error_FD <= _times_scale(torch.ones_like(error_FD), codes.scale))

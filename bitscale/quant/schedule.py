@@ -7,16 +7,27 @@ it. Formulas and their sources: docs/schedules.md.
 import math
 from typing import NamedTuple
 
-from bitscale.config import Config, RampConfig, span_steps, transition_step
+from bitscale.config import (
+    Config,
+    RampConfig,
+    residual_peak,
+    residual_steps,
+    span_steps,
+    transition_step,
+)
 
 _STEEPNESS = 5.0  # exponent of the exponential ramp, and half that of the sigmoid
 
 
 class Strength(NamedTuple):
-    """λ of weights and of activations, each in [0, 1]: 0 is 16 bit, 1 is ternary / int8."""
+    """λ of weights and of activations, each in [0, 1]: 0 is 16 bit, 1 is ternary / int8.
+
+    `residual` is the factor of x wᵀ that is added to a layer's output, 0 in a finished model.
+    """
 
     weight: float
     activation: float
+    residual: float = 0.0
 
 
 SIXTEEN_BIT = Strength(0.0, 0.0)
@@ -49,8 +60,25 @@ def ramp_value(shape: str, step: int, length: int) -> float:
     raise AssertionError(f"unknown ramp shape {shape!r}")
 
 
+def residual_value(step: int, length: int, peak: float, warmup: float) -> float:
+    """ε at `step` steps after the transition began, for a residual of `length` steps.
+
+    With u = step / length and v = warmup: peak · u / v below v, then peak · (1 + cos π (u − v) /
+    (1 − v)) / 2, and 0 from u = 1 on (the code of arXiv:2601.07892, there with v = 0.1).
+    """
+    if step >= length:
+        return 0.0
+    u = step / length
+    if u < warmup:
+        return peak * u / warmup
+    return peak * (1.0 + math.cos(math.pi * (u - warmup) / (1.0 - warmup))) / 2.0
+
+
 def quant_strength(step: int, cfg: Config) -> Strength:
-    """λ of weights and activations at 0-based `step` of the run described by `cfg`."""
+    """λ of weights and activations at 0-based `step` of the run described by `cfg`.
+
+    The residual is λ_weight ε, so that λ = 0 is the 16-bit model whatever ε.
+    """
     start = transition_step(cfg)
     if start is None or step < start:
         return SIXTEEN_BIT
@@ -60,7 +88,13 @@ def quant_strength(step: int, cfg: Config) -> Strength:
     def value(ramp: RampConfig) -> float:
         return ramp_value(ramp.shape, step - start, span_steps(ramp.over, cfg))
 
-    return Strength(value(weight_ramp), value(activation_ramp))
+    weight = value(weight_ramp)
+    residual = 0.0
+    peak = residual_peak(cfg)
+    if peak:
+        warmup = cfg.transition.residual.warmup
+        residual = weight * residual_value(step - start, residual_steps(cfg), peak, warmup)
+    return Strength(weight, value(activation_ramp), residual)
 
 
 def ramp_end_step(cfg: Config) -> int | None:

@@ -20,10 +20,11 @@ from bitscale.data.batches import Batches, MicroBatch
 from bitscale.data.shards import ShardWriter, TokenShard
 from bitscale.engine import TrainEngine
 from bitscale.mesh import Mesh
-from bitscale.model.bitlinear import set_strength
+from bitscale.model.bitlinear import bit_linears, set_strength
 from bitscale.model.decoder import Decoder
 from bitscale.optim import learning_rate, weight_decay
 from bitscale.quant.schedule import quant_strength
+from bitscale.transition import begin_transition
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 NUM_STEPS = 14
@@ -82,7 +83,7 @@ def tiny_config(stage: int, dtype: str, **changes: dict[str, Any]) -> Config:
         "engine": {"zero_stage": stage, "device": "cpu"},
     }
     for section, keys in changes.items():
-        tree[section] |= keys
+        tree.setdefault(section, {}).update(keys)
     return parse_config(tree, "test")
 
 
@@ -169,6 +170,8 @@ def train(mesh: Mesh, cfg: Config, corpus: Path) -> Curve:
     batches = make_batches(cfg, corpus, mesh.rank, mesh.world_size)
     curve = Curve([], [], {})
     for step in range(NUM_STEPS):
+        if step == TRANSITION_STEP:
+            begin_transition(engine, mesh, "keep")
         loss, norm = train_step(engine, batches, step, mesh)
         curve.losses.append(loss)
         curve.grad_norms.append(norm)
@@ -244,6 +247,8 @@ def _reference(cfg: Config, corpus: Path, regroup: bool, fault: str) -> Curve:
     batches = make_batches(cfg, corpus)
     curve = Curve([], [], {})
     for step in range(NUM_STEPS):
+        if step == TRANSITION_STEP:
+            _start_scales(model, masters)
         set_strength(model, quant_strength(step, cfg))
         loss = _accumulate(model, masters, micro_batches(cfg, batches, step), fault)
         norm = torch.nn.utils.clip_grad_norm_(masters.values(), cfg.optim.clip or math.inf)
@@ -259,6 +264,14 @@ def _reference(cfg: Config, corpus: Path, regroup: bool, fault: str) -> Curve:
         if step + 1 in SNAPSHOTS:
             curve.states[step + 1] = {n: _whole(master, adam) for n, master in masters.items()}
     return curve
+
+
+@torch.no_grad()
+def _start_scales(model: Decoder, masters: dict[str, Tensor]) -> None:
+    for name, layer in bit_linears(model):
+        if layer.alpha is not None:
+            layer.alpha.copy_(layer.weight.abs().amax(1))
+            masters[f"{name}.alpha"].copy_(layer.alpha)
 
 
 def _adam(cfg: Config, masters: dict[str, Tensor], fault: str) -> torch.optim.AdamW:

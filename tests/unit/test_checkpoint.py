@@ -286,6 +286,20 @@ def test_a_parameter_of_another_size_is_refused(
     assert not target.master.any()
 
 
+def test_optional_parameters_may_be_missing_on_either_side(root: Path) -> None:
+    """As the scales that a quantizer will learn, in a trunk of another quantizer."""
+    reader = Reader(save(root))
+    new = fragment("new.alpha", 0, torch.full((3, 2), 0.5))
+    w = fragment("w", 0, torch.zeros(3, 15))
+    shapes = {"w": [3, 5], "new.alpha": [2]}
+    reader.restore([w, new], shapes, optional=["b", "new.alpha", "neither"])
+    assert torch.equal(w.master[:4], make_fragments()[0].master)
+    assert torch.equal(new.master, torch.full((2,), 0.5))
+    assert int(new.step) == 12  # the largest count in the checkpoint
+    with pytest.raises(CheckpointError, match=r"b has shape \[7\] there and none here"):
+        reader.restore([w, new], shapes, optional=["new.alpha"])
+
+
 def test_elements_that_no_rank_saved_are_missed(root: Path) -> None:
     path = checkpoint.save(
         root,
