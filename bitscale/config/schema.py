@@ -133,7 +133,9 @@ class QuantConfig(Section):
     norm: Literal["none", "layernorm"] | None = None  # of the input, affine-free, at every λ
     gradient: Literal["identity", "clip"] | None = None  # clip: 0 beyond the outermost code
     eps: PositiveFloat = 1e-5  # smallest scale of weights, smallest maximum of activations
-    kernel: Literal["reference"] = "reference"  # the plain PyTorch specification
+    # reference: plain PyTorch, the specification; cpu: compiled C and int8 products; triton: on
+    # NVIDIA GPUs; auto: cpu or triton where it runs, else reference (docs/kernels.md)
+    kernel: Literal["auto", "reference", "cpu", "triton"] = "reference"
 
 
 class CorpusConfig(Section):
