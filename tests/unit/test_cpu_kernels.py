@@ -8,9 +8,8 @@ import os
 import re
 import shutil
 import stat
-import subprocess
-import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -225,9 +224,7 @@ def operands(T: int, D: int, F: int, dtype: torch.dtype) -> tuple[Int8Rows, Tern
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "D", "F"), [*SHAPES, (1100, 40, 2000)])
-def test_integer_product(
-    cpu: kernels.Kernels, T: int, D: int, F: int, dtype: torch.dtype
-) -> None:
+def test_integer_product(cpu: kernels.Kernels, T: int, D: int, F: int, dtype: torch.dtype) -> None:
     x, weight, bias_TF = operands(T, D, F, dtype)
     for bias_F in (None, bias_TF[0]):
         got = cpu.integer_linear(x, weight, bias_F, dtype)
@@ -264,3 +261,296 @@ def test_integer_gradients_equal_the_reference(
             table.weight_grad(grad_TF, x, out, None, bits) for table in (cpu, plain.KERNELS)
         )
         assert_same(got, want)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_integer_gradients_of_more_tokens_than_int32_sums(
+    cpu: kernels.Kernels, bits: GradientBits
+) -> None:
+    tokens = plain_backward.CHUNK_TOKENS + 77
+    x, weight, grad_TF = operands(tokens, 5, 3, torch.float32)
+    x.codes_TD.fill_(-128)
+    grad_TF[:, 0] = 1.0  # the largest code in every token: sums of 2^30
+    main_grad_FD, want_FD = torch.ones(3, 5), torch.ones(3, 5)
+    cpu.weight_grad(grad_TF, x, torch.float32, main_grad_FD, bits)
+    plain_backward.weight_grad(grad_TF, x, torch.float32, want_FD, bits)
+    assert_same(main_grad_FD, want_FD)
+    got = cpu.weight_grad(grad_TF, x, torch.bfloat16, None, bits)
+    assert_same(got, plain_backward.weight_grad(grad_TF, x, torch.bfloat16, None, bits))
+    assert_same(
+        cpu.input_grad(grad_TF, weight, bits), plain_backward.input_grad(grad_TF, weight, bits)
+    )
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_non_finite_and_tiny_gradients_surface(cpu: kernels.Kernels, bits: GradientBits) -> None:
+    x, weight, grad_TF = operands(7, 20, 70, torch.float32)
+    grad_TF[1, 3], grad_TF[2, 4], grad_TF[3] = NAN, INF, -0.0
+    grad_TF[4] *= 1e-35
+    got, want = (table.input_grad(grad_TF, weight, bits) for table in (cpu, plain.KERNELS))
+    assert_same(got, want)
+    assert got[1].isnan().all() and not got[2].isfinite().any() and got[3:].isfinite().all()
+    got, want = (
+        table.weight_grad(grad_TF, x, torch.float32, None, bits) for table in (cpu, plain.KERNELS)
+    )
+    assert_same(got, want)
+    assert got[3].isnan().all() and not got[4].isfinite().any() and got[5:].isfinite().all()
+
+
+def test_integer_gradients_do_not_depend_on_threads(cpu: kernels.Kernels, threads: int) -> None:
+    x, weight, grad_TF = operands(530, 300, 260, torch.float32)
+    assert_same(cpu.input_grad(grad_TF, weight, 8), plain_backward.input_grad(grad_TF, weight, 8))
+    got = cpu.weight_grad(grad_TF, x, torch.float32, None, 8)
+    assert_same(got, plain_backward.weight_grad(grad_TF, x, torch.float32, None, 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "D", "F"), SHAPES)
+def test_floating_gradients(
+    cpu: kernels.Kernels, T: int, D: int, F: int, dtype: torch.dtype
+) -> None:
+    """bits None: at most twice the error of fake quantization's products in the same dtype."""
+    x, weight, grad_TF = operands(T, D, F, dtype)
+    w_FD, x_hat_TD = (codes.double() * scale.double() for codes, scale in (weight, x))
+    exact_TD, exact_FD = grad_TF.double() @ w_FD, grad_TF.double().T @ x_hat_TD
+    got_TD = cpu.input_grad(among_nans(grad_TF), weight, None)
+    assert got_TD.dtype == dtype
+    assert error(got_TD, exact_TD) <= 2 * error(grad_TF @ w_FD.to(dtype), exact_TD) + 1e-12
+    for out in (dtype, torch.float32):
+        got_FD = cpu.weight_grad(among_nans(grad_TF), x, out, None, None)
+        naive_FD = (grad_TF.to(out).T @ x_hat_TD.to(out)).to(out)
+        assert got_FD.dtype == out
+        assert error(got_FD, exact_FD) <= 2 * error(naive_FD, exact_FD) + 1e-12
+
+
+def test_24_bits_are_as_exact_as_fp32(cpu: kernels.Kernels) -> None:
+    """For Gaussian gradients and sums of this length; short sums of outliers are not."""
+    x, weight, grad_TF = operands(1000, 200, 1000, torch.float32)
+    w_FD, x_hat_TD = (codes.double() * scale.double() for codes, scale in (weight, x))
+    exact_TD, exact_FD = grad_TF.double() @ w_FD, grad_TF.double().T @ x_hat_TD
+    got_TD, in_fp32 = (cpu.input_grad(grad_TF, weight, bits) for bits in (24, None))
+    assert error(got_TD, exact_TD) <= error(in_fp32, exact_TD)
+    got_FD, in_fp32 = (
+        cpu.weight_grad(grad_TF, x, torch.float32, None, bits) for bits in (24, None)
+    )
+    assert error(got_FD, exact_FD) <= error(in_fp32, exact_FD)
+
+
+@pytest.mark.parametrize("bits", [*BITS, None])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_of_the_weight_accumulates_in_fp32(
+    cpu: kernels.Kernels, dtype: torch.dtype, bits: GradientBits
+) -> None:
+    x, _, grad_TF = operands(70, 96, 130, dtype)
+    buffer = gaussian(3, 130, 96, seed=5)
+    before = buffer.clone()
+    main_grad_FD = buffer[1]
+    got = cpu.weight_grad(grad_TF, x, dtype, main_grad_FD, bits)
+    assert got is main_grad_FD
+    alone = cpu.weight_grad(grad_TF, x, torch.float32, None, bits)
+    assert_same(got, before[1] + alone)
+    assert_same(buffer[::2], before[::2])
+
+
+@pytest.mark.parametrize("bits", [*BITS, None])
+def test_empty_batch(cpu: kernels.Kernels, bits: GradientBits) -> None:
+    x, weight, grad_TF = operands(0, 30, 20, torch.float32)
+    assert cpu.integer_linear(x, weight, None, torch.bfloat16).shape == (0, 20)
+    assert cpu.input_grad(grad_TF, weight, bits).shape == (0, 30)
+    got = cpu.weight_grad(grad_TF, x, torch.float32, None, bits)
+    assert_same(got, torch.zeros(20, 30))
+
+
+# --- Blend ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strength", [0.1, 0.5, 0.9, 1.0])
+def test_blends(cpu: kernels.Kernels, strength: float, dtype: torch.dtype) -> None:
+    t = gaussian(37, 900, seed=4, dtype=dtype)
+    for measure in MEASURES:
+        got = cpu.blend_weight(t, measure, EPS, strength)
+        assert_same(got, plain.blend_weight(t, measure, EPS, strength))
+    got = cpu.blend_rows(among_nans(t), EPS, strength)
+    assert_same(got, plain.blend_rows(t, EPS, strength))
+    assert not torch.equal(got, t)
+
+
+def test_blends_of_non_finite_values(cpu: kernels.Kernels) -> None:
+    for name in ("nan", "inf"):
+        x_TD, w_FD = HARD_ROWS[name], HARD_WEIGHTS[name]
+        assert_same(cpu.blend_rows(x_TD, EPS, 0.3), plain.blend_rows(x_TD, EPS, 0.3))
+        got = cpu.blend_weight(w_FD, "absmean", EPS, 0.3)
+        assert_same(got, plain.blend_weight(w_FD, "absmean", EPS, 0.3))
+    assert cpu.blend_rows(torch.zeros(0, 3), EPS, 0.3).shape == (0, 3)
+
+
+# --- The layer ---
+
+
+def layer_gradients(name: str, dtype: torch.dtype, bits: GradientBits) -> dict[str, Tensor]:
+    table = get_kernels(name, "cpu")
+    x_TD = gaussian(2, 9, 48, seed=7, dtype=dtype).requires_grad_()
+    norm_D = (1 + 0.1 * gaussian(48, seed=6, dtype=dtype)).requires_grad_()
+    w_FD = gaussian(33, 48, seed=8, dtype=dtype).requires_grad_()
+    bias_F = gaussian(33, seed=9, dtype=dtype).requires_grad_()
+    normed = rms_norm_rows(x_TD, norm_D, 1e-6, EPS, table)
+    weight = table.ternarize(w_FD, "absmean", EPS)
+    y_TF = ternary_linear(normed.carrier_TD, w_FD, bias_F, normed.rows, weight, table, bits=bits)
+    y_TF.backward(gaussian(2, 9, 33, seed=10, dtype=dtype))
+    leaves = {"x": x_TD, "norm": norm_D, "w": w_FD, "bias": bias_F}
+    gradients = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
+    return {"y": y_TF.detach(), **gradients}
+
+
+@pytest.mark.parametrize("bits", [8, 16, None])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_equals_the_reference(dtype: torch.dtype, bits: GradientBits) -> None:
+    got, want = (layer_gradients(name, dtype, bits) for name in ("cpu", "reference"))
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    for name in ("y", "bias", "x", "norm", "w"):
+        exact = name in ("y", "bias") or (name == "w" and bits is not None)
+        allowed = 0.0 if exact else tolerance * float(want[name].norm())
+        assert got[name].dtype == dtype
+        assert error(got[name], want[name].double()) <= allowed, name
+
+
+def test_compiled_layer_has_no_graph_break() -> None:
+    table = get_kernels("cpu", "cpu")
+
+    def layer(x_TD: Tensor, w_FD: Tensor, bias_F: Tensor) -> Tensor:
+        x, weight = table.quantize_rows(x_TD, EPS), table.ternarize(w_FD, "absmean", EPS)
+        return ternary_linear(x_TD, w_FD, bias_F, x, weight, table, bits=16)
+
+    results = []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        inputs = [gaussian(*shape, seed=3).requires_grad_() for shape in ((9, 48), (33, 48), (33,))]
+        y_TF = function(*inputs)
+        y_TF.square().sum().backward()
+        results.append([y_TF.detach(), *(leaf.grad for leaf in inputs)])
+    for got, want in zip(*results, strict=True):
+        assert_same(got, want)
+
+
+# --- Building and choosing ---
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What was loaded is forgotten before and after."""
+    for function in (get_kernels, cpu_library.load):
+        function.cache_clear()
+    yield
+    for function in (get_kernels, cpu_library.load):
+        function.cache_clear()
+
+
+@pytest.fixture
+def fresh(forgotten: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache directory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    return tmp_path / "bitscale"
+
+
+def fake_compiler(directory: Path, body: str) -> Path:
+    path = directory / "fakecc"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_library_is_compiled_by_ranks_that_start_together(fresh: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: cpu_library._build(), range(2))
+    assert first == second
+    assert list(fresh.iterdir()) == [first]  # no temporary file
+    assert re.fullmatch(r"cpu-[0-9a-f]{16}\.so", first.name)
+    before = first.stat().st_mtime_ns
+    assert get_kernels("cpu", "cpu").name == "cpu"
+    assert first.stat().st_mtime_ns == before
+
+
+def test_without_a_compiler(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    reason = "quant.kernel='cpu' needs a C compiler; install gcc or clang, or use 'reference'"
+    with pytest.raises(KernelUnavailable, match=f"^{re.escape(reason)}$"):
+        get_kernels("cpu", "cpu")
+    with caplog.at_level(logging.INFO, kernels.__name__):
+        assert get_kernels("auto", "cpu") is plain.KERNELS
+        get_kernels("auto", "cpu")
+    assert caplog.messages == [f"quant.kernel='auto' on cpu: reference ({reason})"]
+    monkeypatch.setenv("CC", "nowhere-cc -m64")
+    with pytest.raises(KernelUnavailable, match=r"needs \$CC='nowhere-cc', which is not there; "):
+        get_kernels("cpu", "cpu")
+
+
+def test_compiler_that_fails(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = fake_compiler(
+        tmp_path, "echo 'note: so' >&2; echo 'x.c:1:1: error: no memory' >&2; exit 1"
+    )
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(
+        KernelUnavailable,
+        match=r"^quant.kernel='cpu': .*/fakecc could not compile cpu.c \(x.c:1:1: error: no "
+        r"memory\); set CC to another compiler, or use 'reference'$",
+    ):
+        get_kernels("cpu", "cpu")
+    assert list(fresh.iterdir()) == []
+
+
+def test_cache_that_cannot_be_written(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(
+        KernelUnavailable,
+        match=r"^quant.kernel='cpu' cannot write its library to .*/file/bitscale \(Not a directory"
+        r"\); set XDG_CACHE_HOME to a directory that can be written, or use 'reference'$",
+    ):
+        get_kernels("cpu", "cpu")
+
+
+def test_tensors_elsewhere_and_of_other_dtypes(cpu: kernels.Kernels) -> None:
+    with pytest.raises(
+        KernelUnavailable,
+        match=r"^quant.kernel='cpu' runs on a CPU and the tensors are on 'cuda'; use 'auto', "
+        r"'triton' or 'reference'$",
+    ):
+        get_kernels("cpu", "cuda")
+    with pytest.raises(
+        KernelUnavailable,
+        match=r"^quant.kernel='cpu' reads float32, bfloat16 and float16 and a tensor is "
+        r"torch.float64; convert it, or use 'reference'$",
+    ):
+        cpu.quantize_rows(torch.zeros(2, 3, dtype=torch.float64), EPS)
+
+
+def test_processor_whose_int8_products_saturate(
+    forgotten: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: exact(a, b).clamp(max=2**15 - 1))
+    with pytest.raises(KernelUnavailable, match=r"this processor's saturate .*; use 'reference'$"):
+        get_kernels("cpu", "cpu")
+
+
+def test_threads_are_those_of_torch(cpu: kernels.Kernels) -> None:
+    """No second OpenMP runtime in the process, and none in the library's dependencies."""
+    cpu.quantize_rows(gaussian(100, 100), EPS)
+    maps = Path(f"/proc/{os.getpid()}/maps").read_text()
+    runtimes = {word for word in maps.split() if re.search(r"/lib[gi]?omp[^/]*$", word)}
+    assert len(runtimes) == 1
+
+
+def test_auto_takes_the_compiled_kernels_and_says_so_once(
+    forgotten: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, kernels.__name__):
+        first, second = get_kernels("auto", "cpu"), get_kernels("auto", "cpu")
+    assert first is second
+    assert first.name == "cpu"
+    assert caplog.messages == ["quant.kernel='auto' on cpu: cpu"]

@@ -5,6 +5,8 @@ in the cache; only the result goes through memory. Every function is an operator
 (cpu_rows.py says why). Shapes: T tokens, D inputs, F outputs.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -23,12 +25,12 @@ def integer_linear(
     x: Int8Rows, weight: Ternary, bias_F: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Twin of `plain.integer_linear`."""
-    return _integer_linear(*x, *weight, bias_F, dtype)
+    return cast(Tensor, _integer_linear(*x, *weight, bias_F, dtype))
 
 
 def input_grad(grad_TF: Tensor, weight: Ternary, bits: GradientBits) -> Tensor:
     """Twin of `plain_backward.input_grad`; without bits, bf16 gradients are multiplied in bf16."""
-    return _input_grad(grad_TF, *weight, bits)
+    return cast(Tensor, _input_grad(grad_TF, *weight, bits))
 
 
 def weight_grad(
@@ -40,7 +42,7 @@ def weight_grad(
 ) -> Tensor:
     """Twin of `plain_backward.weight_grad`; without bits, bf16 gradients are multiplied in bf16."""
     if main_grad_FD is None:
-        return _weight_grad(grad_TF, *x, dtype, bits)
+        return cast(Tensor, _weight_grad(grad_TF, *x, dtype, bits))
     _add_weight_grad(grad_TF, *x, main_grad_FD, bits)
     return main_grad_FD
 
@@ -192,7 +194,8 @@ def _integer_weight_grad(
     (T, F), D = g_TF.shape, x_TD.shape[1]
     if T > CHUNK_TOKENS:
         total_FD = torch.zeros(F, D)
-        for g, x, r in zip(*(t.split(CHUNK_TOKENS) for t in (g_TF, x_TD, r_T)), strict=True):
+        for first in range(0, T, CHUNK_TOKENS):
+            g, x, r = (t[first : first + CHUNK_TOKENS] for t in (g_TF, x_TD, r_T))
             _integer_weight_grad(g, x, r, total_FD, planes, adds=True)
         grad_FD.add_(total_FD) if adds else grad_FD.copy_(total_FD)
         return

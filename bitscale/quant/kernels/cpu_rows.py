@@ -4,6 +4,8 @@ Every function is an operator of torch.library: torch.compile keeps it whole, wi
 its graph. Shapes: T tokens, D inputs, F outputs of a linear layer, N = F·D weights.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def ternarize(w_FD: Tensor, measure: Measure, eps: float) -> Ternary:
 
 def blend_weight(w_FD: Tensor, measure: Measure, eps: float, strength: float) -> Tensor:
     """Twin of `plain.blend_weight`."""
-    return _blend_weight(w_FD.detach(), measure, eps, strength)
+    return cast(Tensor, _blend_weight(w_FD.detach(), measure, eps, strength))
 
 
 def quantize_rows(x_TD: Tensor, eps: float) -> Int8Rows:
@@ -42,7 +44,7 @@ def quantize_rows(x_TD: Tensor, eps: float) -> Int8Rows:
 
 def blend_rows(x_TD: Tensor, eps: float, strength: float) -> Tensor:
     """Twin of `plain.blend_rows`."""
-    return _blend_rows(x_TD.detach(), eps, strength)
+    return cast(Tensor, _blend_rows(x_TD.detach(), eps, strength))
 
 
 def rms_norm_quantize_rows(
@@ -187,18 +189,17 @@ def _rstd(x_TD: Tensor, norm_eps: float) -> Tensor:
         mean_T1 = x_TD.float().square().mean(dim=-1, keepdim=True)
         return torch.rsqrt(mean_T1 + norm_eps).contiguous()
     rows_TD = rows_of(x_TD)
-    mean_T1 = torch.empty(rows_TD.shape[0], 1)
-    squares_TD = torch.empty(min(max(1, _SQUARES // max(1, D)), rows_TD.shape[0]), D)
-    for chunk_TD, mean in zip(
-        rows_TD.split(max(1, len(squares_TD))),
-        mean_T1.split(max(1, len(squares_TD))),
-        strict=True,
-    ):
-        squares = squares_TD[: len(chunk_TD)]
-        if x_TD.dtype == torch.float32:
-            torch.square(chunk_TD, out=squares)
+    T = rows_TD.shape[0]
+    mean_T1 = torch.empty(T, 1)
+    chunk = min(T, max(1, _SQUARES // max(1, D)))
+    squares_TD = torch.empty(chunk, D)
+    for first in range(0, T, max(1, chunk)):
+        x, mean = rows_TD[first : first + chunk], mean_T1[first : first + chunk]
+        squares = squares_TD[: len(x)]
+        if x.dtype == torch.float32:
+            torch.square(x, out=squares)
         else:
-            squares.copy_(chunk_TD).square_()
+            squares.copy_(x).square_()
         torch.mean(squares, dim=-1, keepdim=True, out=mean)
     return mean_T1.add_(norm_eps).rsqrt_().view(*x_TD.shape[:-1], 1)
 
