@@ -364,11 +364,11 @@ void rms_norm_grad(const Launch *a, int64_t block, float *restrict scratch) {
 
 /* --- Products of integers --- */
 
-/* out = (Σ_plane 256^(planes − 1 − plane) · sums) · row_scale [· scale] [+ vector] [+ out]. */
+/* out = (Σ_plane 256^(planes − 1 − plane) · sums) · row_scale [· scale] [+ vector] [+ out]. A single
+plane of sums may lie where `out` does. */
 void scale_sums(const Launch *a, int64_t row, float *restrict scratch) {
     int64_t n = a->columns, plane = a->rows * n;
-    const int32_t *restrict high = a->sums + row * n;
-    const int32_t *restrict middle = high + plane, *restrict low = middle + plane;
+    const int32_t *high = a->sums + row * n, *middle = high + plane, *low = middle + plane;
     float r = a->row_scale[row], *restrict y = scratch;
     if (a->planes == 1)
         for (int64_t i = 0; i < n; i++) y[i] = (float)high[i] * r;

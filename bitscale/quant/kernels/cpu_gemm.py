@@ -1,8 +1,8 @@
 """The three matrix products of `kernel: cpu`: torch's int8 product (oneDNN), the rest in C (cpu.c).
 
-A product is taken in blocks of rows, so that its int32 sums are scaled and rounded while they are
-in the cache; only the result goes through memory. Every function is an operator of torch.library
-(cpu_rows.py says why). Shapes: T tokens, D inputs, F outputs.
+A product is taken in blocks of rows, whose int32 sums are scaled and rounded before the next block:
+in place if the result is fp32, else from a buffer that every block reuses. Every function is an
+operator of torch.library (cpu_rows.py says why). Shapes: T tokens, D inputs, F outputs.
 """
 
 from typing import cast
@@ -10,15 +10,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from bitscale.quant.kernels.cpu_library import STRIPE, launch, matrix, rows_of
+from bitscale.quant.kernels.cpu_library import STRIPE, empty, launch, matrix, rows_of
 from bitscale.quant.kernels.plain_backward import CHUNK_TOKENS, SMALLEST_PEAK
 from bitscale.quant.kernels.table import GradientBits
 from bitscale.quant.reference import Int8Rows, Ternary
 
-_BLOCK_BYTES = 4 * 2**20  # of int32 sums
+_BLOCK_BYTES = 16 * 2**20  # of int32 sums, which should stay in the cache
 # A product packs its right operand anew for every block: with fewer rows that would cost more
 # than the cache saves.
-_MIN_BLOCK_ROWS = 256
+_MIN_BLOCK_ROWS = 1024
 
 
 def integer_linear(
@@ -47,8 +47,9 @@ def weight_grad(
     return main_grad_FD
 
 
-def _block_rows(columns: int) -> int:
-    return max(_MIN_BLOCK_ROWS, _BLOCK_BYTES // (4 * max(1, columns)))
+def _block_rows(columns: int, planes: int) -> int:
+    """Rows of the result that a block of `planes` products covers; at least 1."""
+    return max(1, max(_MIN_BLOCK_ROWS, _BLOCK_BYTES // (4 * max(1, columns))) // planes)
 
 
 # --- y = x̂ ŵᵀ ---
@@ -65,14 +66,15 @@ def _integer_linear(
 ) -> Tensor:
     F, leading = w_FD.shape[0], x_TD.shape[:-1]
     x_TD, r_T = x_TD.flatten(0, -2).contiguous(), row_scale_T1.reshape(-1)
-    y_TF = torch.empty(x_TD.shape[0], F, dtype=dtype)
+    y_TF = empty(x_TD.shape[0], F, dtype=dtype)
     bias = None if bias_F is None else bias_F.detach().float().contiguous()
-    rows = min(_block_rows(F), x_TD.shape[0])
-    sums = torch.empty(rows, F, dtype=torch.int32)
-    for first in range(0, x_TD.shape[0], max(1, rows)):
+    rows = _block_rows(F, 1)
+    buffer = _sums_buffer(y_TF, rows, 1)
+    for first in range(0, x_TD.shape[0], rows):
         x, y, r = (t[first : first + rows] for t in (x_TD, y_TF, r_T))
-        torch._int_mm(x, w_FD.T, out=sums[: len(x)])
-        _scale_sums(sums, 1, y, r, scale=scale, vector=bias)
+        sums = _sums_of(y, 1, buffer)
+        torch._int_mm(x, w_FD.T, out=sums)
+        _scale_sums(sums, y, r, scale=scale, vector=bias)
     return y_TF.view(*leading, F)
 
 
@@ -110,21 +112,21 @@ def _(grad_TF: Tensor, w_FD: Tensor, scale: Tensor, bits: int | None) -> Tensor:
 def _integer_input_grad(g_TF: Tensor, w_FD: Tensor, scale: Tensor, planes: int) -> Tensor:
     (T, F), D = g_TF.shape, w_FD.shape[1]
     w_FD = w_FD.contiguous()
-    grad_TD = torch.empty(T, D, dtype=g_TF.dtype)
-    rows = min(_block_rows(planes * D), T)
-    codes = torch.empty(planes * rows * F, dtype=torch.int8)
-    sums = torch.empty(planes * rows * D, dtype=torch.int32)
+    grad_TD = empty(T, D, dtype=g_TF.dtype)
+    rows = min(_block_rows(D, planes), T)
+    buffer = _sums_buffer(grad_TD, rows, planes)
+    codes = empty(planes * rows * F, dtype=torch.int8)
     step_T = torch.empty(rows)
     for first in range(0, T, max(1, rows)):
-        g = g_TF[first : first + rows]
+        g, grad = (t[first : first + rows] for t in (g_TF, grad_TD))
         n = len(g)
         launch(
             "gradient_row", n, F, codes=codes, codes_stride=F, plane_stride=n * F, planes=planes,
             row_scale=step_T, first=first, columns=F, eps=SMALLEST_PEAK, **{"in": matrix(g)},
         )  # fmt: skip
-        stacked = codes[: planes * n * F].view(planes * n, F)
-        torch._int_mm(stacked, w_FD, out=sums[: planes * n * D].view(planes * n, D))
-        _scale_sums(sums, planes, grad_TD[first : first + n], step_T, scale=scale)
+        sums = _sums_of(grad, planes, buffer)
+        torch._int_mm(codes[: planes * n * F].view(planes * n, F), w_FD, out=sums)
+        _scale_sums(sums, grad, step_T, scale=scale)
     return grad_TD
 
 
@@ -138,7 +140,7 @@ def _weight_grad(
     g_TF, x_TD, r_T = rows_of(grad_TF), x_TD.flatten(0, -2).contiguous(), row_scale_T1.reshape(-1)
     if bits is None:
         return _float_weight_grad(g_TF, x_TD, r_T, dtype)
-    grad_FD = torch.empty(g_TF.shape[1], x_TD.shape[1], dtype=dtype)
+    grad_FD = empty(g_TF.shape[1], x_TD.shape[1], dtype=dtype)
     _integer_weight_grad(g_TF, x_TD, r_T, grad_FD, bits // 8, adds=False)
     return grad_FD
 
@@ -179,7 +181,7 @@ def _(
 
 def _float_weight_grad(g_TF: Tensor, x_TD: Tensor, r_T: Tensor, dtype: torch.dtype) -> Tensor:
     product = _product_dtype(g_TF.dtype, dtype)
-    x_hat_TD = torch.empty(x_TD.shape, dtype=product)
+    x_hat_TD = empty(*x_TD.shape, dtype=product)
     launch(
         "dequantize_row", x_TD.shape[0], x_TD.shape[1], codes=x_TD, codes_stride=x_TD.stride(0),
         row_scale=r_T, columns=x_TD.shape[1], out=matrix(x_hat_TD),
@@ -199,9 +201,9 @@ def _integer_weight_grad(
             _integer_weight_grad(g, x, r, total_FD, planes, adds=True)
         grad_FD.add_(total_FD) if adds else grad_FD.copy_(total_FD)
         return
-    rows = min(_block_rows(planes * D), F)
-    codes = torch.empty(T * planes * rows, dtype=torch.int8)
-    sums = torch.empty(planes * rows * D, dtype=torch.int32)
+    rows = min(_block_rows(D, planes), F)
+    buffer = _sums_buffer(grad_FD, rows, planes, adds=adds)
+    codes = empty(T * planes * rows, dtype=torch.int8)
     step_F = torch.empty(rows)
     for first in range(0, F, max(1, rows)):
         grad = grad_FD[first : first + rows]
@@ -211,14 +213,30 @@ def _integer_weight_grad(
             codes_stride=planes * n, plane_stride=n, planes=planes, row_scale=step_F, rstd=r_T,
             rows=T, columns=F, first=first, width=n, eps=SMALLEST_PEAK, **{"in": matrix(g_TF)},
         )  # fmt: skip
-        stacked = codes[: T * planes * n].view(T, planes * n)
-        torch._int_mm(stacked.T, x_TD, out=sums[: planes * n * D].view(planes * n, D))
-        _scale_sums(sums, planes, grad, step_F, adds=adds)
+        sums = _sums_of(grad, planes, buffer)
+        torch._int_mm(codes[: T * planes * n].view(T, planes * n).T, x_TD, out=sums)
+        _scale_sums(sums, grad, step_F, adds=adds)
+
+
+# --- Blocks ---
+
+
+def _sums_buffer(out: Tensor, rows: int, planes: int, *, adds: bool = False) -> Tensor | None:
+    """int32 for blocks of so many rows of `out`, or None if their sums fit into its own place."""
+    if out.dtype == torch.float32 and planes == 1 and not adds:
+        return None
+    return empty(planes * min(rows, len(out)) * out.shape[1], dtype=torch.int32)
+
+
+def _sums_of(out: Tensor, planes: int, buffer: Tensor | None) -> Tensor:
+    """Where the sums [planes · rows, columns] of the block `out` go."""
+    if buffer is None:
+        return out.view(torch.int32)
+    return buffer[: planes * out.numel()].view(planes * len(out), out.shape[1])
 
 
 def _scale_sums(
     sums: Tensor,
-    planes: int,
     out: Tensor,
     row_scale: Tensor,
     *,
@@ -226,8 +244,9 @@ def _scale_sums(
     vector: Tensor | None = None,
     adds: bool = False,
 ) -> None:
-    """One block of products, from int32 to `out`."""
+    """One block of products, from int32 [planes · rows, columns] to `out`."""
     rows, columns = out.shape
+    planes = len(sums) // max(1, rows)
     launch(
         "scale_sums", rows, 2 * columns, sums=sums, planes=planes, out=matrix(out),
         row_scale=row_scale, scale=scale, vector=vector, rows=rows, columns=columns,

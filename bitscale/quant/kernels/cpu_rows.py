@@ -14,6 +14,7 @@ from bitscale.quant.kernels.cpu_library import (
     TILE,
     WEIGHTS_PER_BLOCK,
     dtype_number,
+    empty,
     launch,
     matrix,
     rows_of,
@@ -70,7 +71,7 @@ def rms_norm_grad(
 def _ternarize(w_FD: Tensor, measure: str, eps: float) -> tuple[Tensor, Tensor]:
     w_FD = w_FD.contiguous()
     scale = _scale(w_FD, measure, eps)
-    codes_FD = torch.empty(w_FD.shape, dtype=torch.int8)
+    codes_FD = empty(*w_FD.shape, dtype=torch.int8)
     _launch_weights("ternary_codes", w_FD, TILE, codes=codes_FD, scale=scale)
     return codes_FD, scale
 
@@ -86,7 +87,7 @@ def _(w_FD: Tensor, measure: str, eps: float) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("bitscale_cpu::blend_weight", mutates_args=())
 def _blend_weight(w_FD: Tensor, measure: str, eps: float, strength: float) -> Tensor:
     w_FD = w_FD.contiguous()
-    blended_FD = torch.empty_like(w_FD)
+    blended_FD = empty(*w_FD.shape, dtype=w_FD.dtype)
     _launch_weights(
         "blend_weights", w_FD, 2 * TILE, out=matrix(blended_FD.view(-1)),
         scale=_scale(w_FD, measure, eps), strength=strength,
@@ -208,7 +209,7 @@ def _rstd(x_TD: Tensor, norm_eps: float) -> Tensor:
 def _rms_norm_grad(
     grad_TD: Tensor, x_TD: Tensor, rstd_T1: Tensor, weight_D: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    grad_x_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
+    grad_x_TD = empty(*x_TD.shape, dtype=x_TD.dtype)
     grad, x = rows_of(grad_TD), rows_of(x_TD)
     T, D = x.shape
     width = max(1, -(-T // _NORM_BLOCKS))
@@ -235,7 +236,7 @@ def _(
 @torch.library.custom_op("bitscale_cpu::blend_rows", mutates_args=())
 def _blend_rows(x_TD: Tensor, eps: float, strength: float) -> Tensor:
     x = rows_of(x_TD)
-    blended_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
+    blended_TD = empty(*x_TD.shape, dtype=x_TD.dtype)
     _launch_rows(
         "blend_row", x, 2, out=matrix(blended_TD.view(x.shape)), eps=eps, strength=strength
     )  # fmt: skip
