@@ -4,10 +4,10 @@ Shapes: T tokens, D inputs, F outputs.
 """
 
 import logging
-import os
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -415,20 +415,35 @@ def test_layer_equals_the_reference(dtype: torch.dtype, bits: GradientBits) -> N
         assert error(got[name], want[name].double()) <= allowed, name
 
 
-def test_compiled_layer_has_no_graph_break() -> None:
-    table = get_kernels("cpu", "cpu")
-
-    def layer(x_TD: Tensor, w_FD: Tensor, bias_F: Tensor) -> Tensor:
-        x, weight = table.quantize_rows(x_TD, EPS), table.ternarize(w_FD, "absmean", EPS)
-        return ternary_linear(x_TD, w_FD, bias_F, x, weight, table, bits=16)
+@pytest.mark.parametrize("into_main_grad", [False, True])
+def test_compiled_layer_has_no_graph_break(cpu: kernels.Kernels, into_main_grad: bool) -> None:
+    def layer(
+        x_TD: Tensor,
+        norm_D: Tensor,
+        w_FD: Tensor,
+        bias_F: Tensor,
+        table: kernels.Kernels,
+        main_grad_FD: Tensor | None,
+    ) -> Tensor:
+        normed = rms_norm_rows(x_TD, norm_D, 1e-6, EPS, table)
+        weight = table.ternarize(w_FD, "absmean", EPS)
+        return ternary_linear(
+            normed.carrier_TD, w_FD, bias_F, normed.rows, weight, table, bits=16,
+            main_grad_FD=main_grad_FD,
+        )  # fmt: skip
 
     results = []
     for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
-        inputs = [gaussian(*shape, seed=3).requires_grad_() for shape in ((9, 48), (33, 48), (33,))]
-        y_TF = function(*inputs)
+        leaves = [
+            gaussian(*shape, seed=3).requires_grad_() for shape in ((9, 48), (48,), (33, 48), (33,))
+        ]
+        main_grad_FD = torch.ones(33, 48) if into_main_grad else None
+        y_TF = function(*leaves, cpu, main_grad_FD)
         y_TF.square().sum().backward()
-        results.append([y_TF.detach(), *(leaf.grad for leaf in inputs)])
+        weight_grad = main_grad_FD if into_main_grad else leaves[2].grad
+        results.append([y_TF.detach(), weight_grad, *(leaves[i].grad for i in (0, 1, 3))])
     for got, want in zip(*results, strict=True):
+        assert got is not None and want is not None
         assert_same(got, want)
 
 
@@ -538,12 +553,17 @@ def test_processor_whose_int8_products_saturate(
         get_kernels("cpu", "cpu")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 def test_threads_are_those_of_torch(cpu: kernels.Kernels) -> None:
-    """No second OpenMP runtime in the process, and none in the library's dependencies."""
-    cpu.quantize_rows(gaussian(100, 100), EPS)
-    maps = Path(f"/proc/{os.getpid()}/maps").read_text()
-    runtimes = {word for word in maps.split() if re.search(r"/lib[gi]?omp[^/]*$", word)}
-    assert len(runtimes) == 1
+    """The library names no OpenMP runtime of its own, and calls the one beside torch."""
+    assert not re.search(rb"lib[gi]?omp|GOMP", cpu_library._build().read_bytes())
+    address = cpu_library._parallel()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, end = (int(number, 16) for number in line.split()[0].split("-"))
+        if first <= address < end:
+            assert Path(line.split()[-1]).parent == Path(torch.__file__).with_name("lib")
+            return
+    pytest.fail(f"no library holds the address {address:#x}")
 
 
 def test_auto_takes_the_compiled_kernels_and_says_so_once(
