@@ -37,11 +37,20 @@ from bitscale.quant.kernels.linear import rms_norm_rows, ternary_linear
 from bitscale.quant.kernels.table import GradientBits, Measure
 from bitscale.quant.reference import Int8Rows, Ternary
 
+
+def why_not_here() -> str | None:
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "no C compiler"
+    try:
+        cpu_library._check_integer_product()
+    except KernelUnavailable as error:
+        return str(error)
+    return None
+
+
 pytestmark = [
     pytest.mark.unit,
-    pytest.mark.skipif(
-        not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler here"
-    ),
+    pytest.mark.skipif(why_not_here() is not None, reason=why_not_here() or ""),
 ]
 
 BITS = [8, 16, 24]
