@@ -140,7 +140,8 @@ class QuantConfig(Section):
     eps: PositiveFloat = 1e-5  # smallest scale of weights, smallest maximum of activations
     # of the gradient in the backward products: integers, 8 rounded stochastically; null: floating
     gradient_bits: Literal[8, 16, 24] | None = None
-    # what computes b158 and absmedian: plain PyTorch, or fused kernels with the same codes
+    # what computes b158 and absmedian. reference: plain PyTorch; cpu: compiled C and int8
+    # products; triton: on NVIDIA GPUs; auto: cpu or triton where it runs (docs/kernels.md)
     kernel: Literal["auto", "reference", "cpu", "triton"] = "reference"
 
 

@@ -49,7 +49,7 @@ def test_reference_runs_anywhere() -> None:
 def test_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(
         KernelUnavailable,
-        match=r"^quant.kernel='cutlass' does not exist; use one of auto, reference, triton$",
+        match=r"^quant.kernel='cutlass' does not exist; use one of auto, reference, cpu, triton$",
     ):
         get_kernels("cutlass", "cuda")
 
@@ -81,7 +81,7 @@ def test_auto_on_another_device_takes_the_reference_and_says_why(
         assert get_kernels("auto", "mps") is plain.KERNELS
         get_kernels("auto", "mps")
     (message,) = caplog.messages
-    assert message.startswith("quant.kernel='auto' on mps: reference ('triton' needs ")
+    assert message.startswith("quant.kernel='auto' on mps: reference (quant.kernel='triton' ")
 
 
 def test_without_the_package(

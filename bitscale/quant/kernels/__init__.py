@@ -10,7 +10,7 @@ from bitscale.quant.kernels.table import Kernels, Measure, NormedRows
 
 __all__ = ["KERNEL_NAMES", "Kernels", "Measure", "NormedRows", "get_kernels"]
 
-KERNEL_NAMES = ("auto", "reference", "triton")
+KERNEL_NAMES = ("auto", "reference", "cpu", "triton")
 
 _log = logging.getLogger(__name__)
 
@@ -24,10 +24,12 @@ def get_kernels(name: str, device_type: str) -> Kernels:
     """
     if name == "reference":
         return plain.KERNELS
+    if name == "cpu":
+        return _cpu_table(device_type)
     if name == "triton":
         reason = _why_no_triton(device_type)
         if reason is not None:
-            raise KernelUnavailable(f"quant.kernel='triton' {reason}")
+            raise KernelUnavailable(reason)
         return _triton_table()
     if name == "auto":
         return _choose(device_type)
@@ -37,12 +39,37 @@ def get_kernels(name: str, device_type: str) -> Kernels:
 
 
 def _choose(device_type: str) -> Kernels:
-    reason = _why_no_triton(device_type)
+    if device_type == "cpu":
+        name, reason = "cpu", _why_no_cpu(device_type)
+    else:
+        name, reason = "triton", _why_no_triton(device_type)
     if reason is None:
-        _log.info("quant.kernel='auto' on %s: triton", device_type)
-        return _triton_table()
-    _log.info("quant.kernel='auto' on %s: reference ('triton' %s)", device_type, reason)
+        _log.info("quant.kernel='auto' on %s: %s", device_type, name)
+        return get_kernels(name, device_type)
+    _log.info("quant.kernel='auto' on %s: reference (%s)", device_type, reason)
     return plain.KERNELS
+
+
+def _why_no_cpu(device_type: str) -> str | None:
+    """Reason and remedy, or None if the CPU's kernels run here (they are compiled for it)."""
+    try:
+        _cpu_table(device_type)
+    except KernelUnavailable as error:
+        return str(error)
+    return None
+
+
+def _cpu_table(device_type: str) -> Kernels:
+    if device_type != "cpu":
+        raise KernelUnavailable(
+            f"quant.kernel='cpu' runs on a CPU and the tensors are on {device_type!r}; use 'auto', "
+            "'triton' or 'reference'"
+        )
+    from bitscale.quant.kernels import cpu_library
+    from bitscale.quant.kernels.cpu_table import KERNELS
+
+    cpu_library.load()
+    return KERNELS
 
 
 def _why_no_triton(device_type: str) -> str | None:
@@ -50,11 +77,14 @@ def _why_no_triton(device_type: str) -> str | None:
     try:
         triton = importlib.import_module("triton")
     except ImportError:
-        return "needs the package triton >= 3.7; run `pip install triton`, or use 'reference'"
+        return (
+            "quant.kernel='triton' needs the package triton >= 3.7; run `pip install triton`, or "
+            "use 'reference'"
+        )
     if device_type != "cuda" and not triton.knobs.runtime.interpret:
         return (
-            f"needs an NVIDIA GPU and the tensors are on {device_type!r}; use 'reference', or "
-            "set TRITON_INTERPRET=1 to run the kernels slowly in Python"
+            f"quant.kernel='triton' needs an NVIDIA GPU and the tensors are on {device_type!r}; "
+            "use 'reference', or set TRITON_INTERPRET=1 to run the kernels slowly in Python"
         )
     return None
 
