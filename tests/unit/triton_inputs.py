@@ -1,0 +1,56 @@
+"""What the cases of the Triton kernels share: device, inputs, comparison."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitscale.quant.kernels import get_kernels, plain
+from bitscale.quant.reference import Int8Rows, Ternary
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+TRITON = get_kernels("triton", DEVICE)
+EPS = 1e-5
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+INF, NAN = float("inf"), float("nan")
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs() -> Iterator[None]:
+    """torch.empty gives NaN, and the largest value of an integer dtype."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert bool(torch.empty(3, device=DEVICE).isnan().all())
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(DEVICE, dtype)
+
+
+def among_nans(x: Tensor) -> Tensor:
+    """`x` as a view with a stride beyond its width: reading past a row's end reads NaN."""
+    buffer = x.new_full((*x.shape[:-1], x.shape[-1] + 3), NAN)
+    buffer[..., : x.shape[-1]] = x
+    return buffer[..., : x.shape[-1]]
+
+
+def assert_same(got: Tensor, want: Tensor) -> None:
+    """Bit for bit the same values, NaN where NaN."""
+    assert (got.dtype, got.shape) == (want.dtype, want.shape)
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    assert got.isfinite().all()
+    return float((got.double() - exact).norm())
+
+
+def operands(T: int, D: int, F: int, dtype: torch.dtype) -> tuple[Int8Rows, Ternary, Tensor]:
+    x = plain.quantize_rows(gaussian(T, D, seed=1, dtype=dtype), EPS)
+    weight = plain.ternarize(gaussian(F, D, seed=2, dtype=dtype), "absmean", EPS)
+    return x, weight, gaussian(T, F, seed=3, dtype=dtype) * 0.1
