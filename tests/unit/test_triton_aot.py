@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from bitscale.quant.kernels import Kernels
 from bitscale.quant.reference import Int8Rows, Ternary
 
 pytestmark = [
@@ -115,18 +116,24 @@ def usage(name: str, compiled: Any, cubin: Path) -> Usage:
     )  # fmt: skip
 
 
-def launches() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+Launch = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def rows(t: int, d: int) -> Int8Rows:
+    return Int8Rows(empty(t, d, dtype=torch.int8), empty(t, 1, dtype=FP32))
+
+
+def ternary(f: int, d: int) -> Ternary:
+    return Ternary(empty(f, d, dtype=torch.int8), empty(dtype=FP32))
+
+
+def launches() -> dict[str, Launch]:
     """Name of a launch in the document's table -> function and arguments (memory untouched)."""
     from bitscale.quant.kernels.triton_table import KERNELS as k
-
-    def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype)
-
-    def rows(t: int, d: int) -> Int8Rows:
-        return Int8Rows(empty(t, d, dtype=torch.int8), empty(t, 1, dtype=FP32))
-
-    def ternary(f: int, d: int) -> Ternary:
-        return Ternary(empty(f, d, dtype=torch.int8), empty(dtype=FP32))
 
     w, w32, x, g = empty(F, D), empty(F, D, dtype=FP32), empty(T, D), empty(T, F)
     odd = rows(501, 1001), ternary(3001, 1001), empty(501, 3001)
@@ -150,18 +157,49 @@ def launches() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "512 tokens, 512 outputs": (k.integer_linear, (rows(512, D), ternary(512, D), None, BF16)),
         "64 tokens": (k.integer_linear, (rows(64, D), ternary(F, D), None, BF16)),
         "unaligned": (k.integer_linear, (*odd[:2], None, BF16)),
-        "dX, 8,192 tokens": (k.input_grad, (g, ternary(F, D))),
-        "dX, 512 tokens": (k.input_grad, (empty(512, F), ternary(F, D))),
-        "dX, 64 tokens": (k.input_grad, (empty(64, F), ternary(F, D))),
-        "dX, fp32": (k.input_grad, (empty(T, F, dtype=FP32), ternary(F, D))),
-        "dX, unaligned": (k.input_grad, (odd[2], odd[1])),
-        "dW, 8,192 tokens": (k.weight_grad, (g, rows(T, D), BF16, None)),
-        "dW, into main_grad": (k.weight_grad, (g, rows(T, D), BF16, w32)),
-        "dW, 500 tokens": (k.weight_grad, (empty(500, F), rows(500, D), BF16, None)),
-        "dW, 512 × 512": (k.weight_grad, (empty(T, 512), rows(T, 512), BF16, None)),
-        "dW, fp32": (k.weight_grad, (empty(T, F, dtype=FP32), rows(T, D), FP32, None)),
-        "dW, unaligned": (k.weight_grad, (odd[2], odd[0], BF16, None)),
+        "dX, 8,192 tokens": (k.input_grad, (g, ternary(F, D), None)),
+        "dX, 512 tokens": (k.input_grad, (empty(512, F), ternary(F, D), None)),
+        "dX, 64 tokens": (k.input_grad, (empty(64, F), ternary(F, D), None)),
+        "dX, fp32": (k.input_grad, (empty(T, F, dtype=FP32), ternary(F, D), None)),
+        "dX, unaligned": (k.input_grad, (odd[2], odd[1], None)),
+        "dW, 8,192 tokens": (k.weight_grad, (g, rows(T, D), BF16, None, None)),
+        "dW, into main_grad": (k.weight_grad, (g, rows(T, D), BF16, w32, None)),
+        "dW, 500 tokens": (k.weight_grad, (empty(500, F), rows(500, D), BF16, None, None)),
+        "dW, 512 × 512": (k.weight_grad, (empty(T, 512), rows(T, 512), BF16, None, None)),
+        "dW, fp32": (k.weight_grad, (empty(T, F, dtype=FP32), rows(T, D), FP32, None, None)),
+        "dW, unaligned": (k.weight_grad, (odd[2], odd[0], BF16, None, None)),
+        **integer_gradient_launches(k),
+        **norm_gradient_launches(k),
     }  # fmt: skip
+
+
+def integer_gradient_launches(k: Kernels) -> dict[str, Launch]:
+    g, weight, x = empty(T, F), ternary(F, D), rows(T, D)
+    odd = rows(501, 1001), ternary(3001, 1001), empty(501, 3001)
+    found: dict[str, Launch] = {}
+    for bits in (8, 16, 24):
+        into_main_grad = (g, x, BF16, empty(F, D, dtype=FP32), bits)
+        found[f"dX, {bits} bits"] = (k.input_grad, (g, weight, bits))
+        found[f"dX, {bits} bits, 64 tokens"] = (k.input_grad, (g[:64], weight, bits))
+        found[f"dW, {bits} bits"] = (k.weight_grad, (g, x, BF16, None, bits))
+        found[f"dW, {bits} bits, into main_grad"] = (k.weight_grad, into_main_grad)
+    found["dX, 8 bits, unaligned"] = (k.input_grad, (odd[2], odd[1], 8))
+    found["dW, 8 bits, unaligned"] = (k.weight_grad, (odd[2], odd[0], BF16, None, 8))
+    return found
+
+
+def norm_gradient_launches(k: Kernels) -> dict[str, Launch]:
+    found: dict[str, Launch] = {}
+    for t, d, dtype in (
+        (T, 4096, BF16), (T, 14336, BF16), (1, 16384, BF16), (1, 32768, BF16),
+        (1, 8192, FP32), (1, 32768, FP32),
+    ):  # fmt: skip
+        x, rstd = empty(t, d, dtype=dtype), empty(t, 1, dtype=FP32)
+        name = f"norm's gradient, {d:,}{', fp32' if dtype == FP32 else ''}"
+        found[name] = (k.rms_norm_grad, (x, x, rstd, x[0]))
+    x = empty(T, 4096)
+    found["norm's gradient, no weight"] = (k.rms_norm_grad, (x, x, empty(T, 1, dtype=FP32), None))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +237,10 @@ def test_every_block_fits_an_sm(compiled: dict[str, list[Usage]]) -> None:
 
 def test_products_run_on_hoppers_tensor_cores(compiled: dict[str, list[Usage]]) -> None:
     """IGMMA is wgmma on int8, HGMMA on 16 bit; fp32 gradients take the CUDA cores on purpose."""
-    want = {"forward": "IGMMA", "grad_of_input": "HGMMA", "grad_of_weight": "HGMMA"}
+    want = {
+        "forward": "IGMMA", "multiply_bytes": "IGMMA",
+        "grad_of_input": "HGMMA", "grad_of_weight": "HGMMA",
+    }  # fmt: skip
     for launch, kernels in compiled.items():
         for kernel in kernels:
             expected = "-" if launch.endswith("fp32") else want.get(kernel.kernel, "-")
@@ -208,8 +249,11 @@ def test_products_run_on_hoppers_tensor_cores(compiled: dict[str, list[Usage]]) 
 
 
 def test_aligned_operands_are_copied_asynchronously(compiled: dict[str, list[Usage]]) -> None:
-    for launch in ("8,192 tokens", "dX, 8,192 tokens", "dW, 8,192 tokens", "dW, into main_grad"):
-        (kernel,) = compiled[launch]
+    for launch in (
+        "8,192 tokens", "dX, 8,192 tokens", "dW, 8,192 tokens", "dW, into main_grad",
+        "dX, 16 bits", "dW, 24 bits", "dX, 8 bits, unaligned", "dW, 8 bits, unaligned",
+    ):  # fmt: skip
+        kernel = compiled[launch][-1]
         assert kernel.instructions["LDGSTS"] >= 16, (launch, kernel)
 
 
@@ -219,6 +263,20 @@ def test_norm_and_codes_read_once(compiled: dict[str, list[Usage]]) -> None:
     assert plain_rows.instructions["LDG"] == 2
     assert normed.instructions["LDG"] == 4  # the norm's weight as well
     assert max(plain_rows.registers, normed.registers) <= 64  # four blocks on an SM
+
+
+def test_epilogues_do_not_double_the_registers(compiled: dict[str, list[Usage]]) -> None:
+    """128 of them are sums; a scale loaded after the loop took 254 (docs/kernels.md)."""
+    for launch in ("8,192 tokens", "8,192 tokens, bias", "dX, 8 bits", "dX, 16 bits"):
+        assert compiled[launch][-1].registers <= 200, launch
+
+
+def test_gradients_are_read_16_bytes_at_a_time(compiled: dict[str, list[Usage]]) -> None:
+    """A thread's 16 values of a row of 4,096 bf16 take 2 loads, of x and of the gradient."""
+    normed = compiled["norm's gradient, no weight"][0]
+    assert normed.instructions["LDG"] == 2 + 2 + 1  # and rstd
+    to_bytes = compiled["dX, 8 bits"][0]
+    assert (to_bytes.kernel, to_bytes.instructions["LDG"]) == ("row_to_bytes", 2 + 2)
 
 
 def test_sizes_of_one_compile(compile_launches: Callable[..., list[Usage]]) -> None:
@@ -232,7 +290,11 @@ def test_sizes_of_one_compile(compile_launches: Callable[..., list[Usage]]) -> N
         (k.ternarize, (one, "absmedian", 1e-5)),
         (k.rms_norm_quantize_rows, (one, one[0], 1e-5, 1e-5)),
         (k.integer_linear, (x, weight, one[0], FP32)),
-        (k.weight_grad, (one, x, BF16, None)),
+        (k.input_grad, (one, weight, None)),
+        (k.weight_grad, (one, x, BF16, None, None)),
+        (k.input_grad, (one, weight, 8)),
+        (k.weight_grad, (one, x, BF16, None, 24)),
+        (k.rms_norm_grad, (one, one, one, one[0])),
     ):
         assert all(usage.stack_bytes == 0 for usage in compile_launches(function, *args))
 

@@ -1,7 +1,7 @@
 """Choice of kernels by name, and the Triton kernels' cases, run in Triton's interpreter.
 
-The interpreter is chosen when triton is imported, so the cases (`triton_kernel_cases.py`) run in
-a process of their own.
+The interpreter is chosen when triton is imported, so the cases (`triton_*_cases.py`) run in a
+process of their own.
 """
 
 import logging
@@ -20,7 +20,7 @@ from bitscale.quant.kernels import get_kernels, plain
 
 pytestmark = pytest.mark.unit
 
-CASES = Path(__file__).with_name("triton_kernel_cases.py")
+CASES = sorted(Path(__file__).parent.glob("triton_*_cases.py"))
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="triton is built for Linux only")
 
 
@@ -35,7 +35,7 @@ def fresh_choice() -> Iterator[None]:
 @on_linux
 def test_cases_pass_in_the_interpreter() -> None:
     env = dict(os.environ, TRITON_INTERPRET="1")
-    command = [sys.executable, "-m", "pytest", str(CASES), "-p", "no:cacheprovider", "-rs"]
+    command = [sys.executable, "-m", "pytest", *map(str, CASES), "-p", "no:cacheprovider", "-rs"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert re.search(r"^\d\d+ passed in", done.stdout, re.MULTILINE), done.stdout[-2000:]

@@ -6,24 +6,9 @@ Run by `test_triton_kernels.py` in Triton's interpreter; on a machine with a GPU
 Shapes: T tokens, D inputs, F outputs.
 """
 
-import os
-from collections.abc import Iterator
-
 import pytest
 import torch
-from kernel_cases import (
-    DTYPES,
-    EPS,
-    HARD_ROWS,
-    HARD_WEIGHTS,
-    INF,
-    MEASURES,
-    NAN,
-    SHAPES,
-    among_nans,
-    assert_same,
-    error,
-)
+from kernel_cases import HARD_ROWS, HARD_WEIGHTS, MEASURES, SHAPES
 from torch import Tensor
 
 from bitscale.errors import KernelUnavailable
@@ -32,29 +17,26 @@ from bitscale.quant.kernels.linear import ternary_linear
 from bitscale.quant.kernels.table import Measure
 from bitscale.quant.kernels.tiles import Rule, Tile
 from bitscale.quant.reference import MAX_EXACT_INPUTS, Int8Rows, Ternary
+from triton_inputs import (
+    DEVICE,
+    DTYPES,
+    EPS,
+    INF,
+    NAN,
+    TRITON,
+    among_nans,
+    assert_same,
+    error,
+    gaussian,
+    operands,
+    poisoned_outputs,  # noqa: F401 - a fixture of every case
+)
 
 pytestmark = [
     pytest.mark.unit,
     # NumPy, on which the interpreter runs, warns of every NaN and infinity.
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
 ]
-
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-TRITON = get_kernels("triton", DEVICE)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """torch.empty gives NaN, and the largest value of an integer dtype."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert bool(torch.empty(3, device=DEVICE).isnan().all())
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return values.to(DEVICE, dtype)
 
 
 # --- Weights ---
@@ -211,12 +193,6 @@ def test_non_finite_values_surface_through_the_norm() -> None:
 # --- Matrix products ---
 
 
-def operands(T: int, D: int, F: int, dtype: torch.dtype) -> tuple[Int8Rows, Ternary, Tensor]:
-    x = plain.quantize_rows(gaussian(T, D, seed=1, dtype=dtype), EPS)
-    weight = plain.ternarize(gaussian(F, D, seed=2, dtype=dtype), "absmean", EPS)
-    return x, weight, gaussian(T, F, seed=3, dtype=dtype) * 0.1
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "D", "F"), SHAPES)
 def test_integer_product(T: int, D: int, F: int, dtype: torch.dtype) -> None:
@@ -245,6 +221,9 @@ def test_choice_of_tiles() -> None:
     assert tiles.backward_tile(1024, 1023, aligned, is_fp32=False) == tiles.BACKWARD[1].tile
     assert tiles.backward_tile(1, 1, odd, is_fp32=False) == tiles.UNALIGNED[0].tile
     assert tiles.backward_tile(1, 1, odd, is_fp32=True) == tiles.BACKWARD_FP32[0].tile
+    assert tiles.gradient_bytes_tile(8192, 4096, 1) == tiles.FORWARD[0].tile
+    assert tiles.gradient_bytes_tile(8192, 1, 2) == tiles.GRADIENT_BYTES[2][0].tile
+    assert tiles.gradient_bytes_tile(64, 4096, 3) == tiles.GRADIENT_BYTES[3][1].tile
 
 
 def test_integer_product_of_extreme_codes_and_leading_shape() -> None:
@@ -326,10 +305,10 @@ def test_every_backward_tile(rules: tuple[Rule, ...], dtype: torch.dtype) -> Non
     exact_TD = grad_TF.double() @ (weight.codes_FD.double() * weight.scale.double())
     exact_FD = grad_TF.double().T @ (x.codes_TD.double() * x.scale_T1.double())
     for tile in (rule.tile for rule in rules):
-        got_TD = triton_gemm.input_grad(grad_TF, weight, None, tile)
+        got_TD = triton_gemm.input_grad(grad_TF, weight, tile)
         assert error(got_TD, exact_TD) < 1e-3 * float(exact_TD.norm())
         for main_grad_FD in (None, torch.zeros(260, 144, device=DEVICE)):
-            got_FD = triton_gemm.weight_grad(grad_TF, x, torch.float32, main_grad_FD, None, tile)
+            got_FD = triton_gemm.weight_grad(grad_TF, x, torch.float32, main_grad_FD, tile)
             assert error(got_FD, exact_FD) < 1e-3 * float(exact_FD.norm())
 
 

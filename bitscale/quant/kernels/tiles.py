@@ -32,6 +32,18 @@ FORWARD = (
     Rule(65, 1, Tile(128, 128, 128, num_warps=8, num_stages=4)),
     Rule(1, 1, Tile(64, 128, 128, num_warps=4, num_stages=4)),
 )
+# n bytes of a gradient @ int8 -> n int32 tiles of sums; see FORWARD. By n.
+GRADIENT_BYTES = {
+    1: FORWARD,
+    2: (
+        Rule(65, 1, Tile(128, 128, 128, num_warps=8, num_stages=4)),
+        Rule(1, 1, Tile(64, 128, 128, num_warps=4, num_stages=4)),
+    ),
+    3: (
+        Rule(65, 1, Tile(128, 128, 128, num_warps=8, num_stages=3)),
+        Rule(1, 1, Tile(64, 128, 128, num_warps=4, num_stages=3)),
+    ),
+}
 # 16-bit gradient @ ternary codes, and 16-bit gradientᵀ @ dequantized int8, summed in fp32.
 BACKWARD = (
     Rule(1024, 1024, Tile(128, 256, 64, num_warps=8, num_stages=3)),
@@ -56,6 +68,11 @@ def backward_tile(M: int, N: int, strides: tuple[int, int], *, is_fp32: bool) ->
     if is_fp32:
         return _choose(BACKWARD_FP32, M, N)
     return _choose(BACKWARD if _are_aligned(strides) else UNALIGNED, M, N)
+
+
+def gradient_bytes_tile(M: int, N: int, num_bytes: int) -> Tile:
+    """Tile of a product of a gradient's bytes, whose operands are always aligned."""
+    return _choose(GRADIENT_BYTES[num_bytes], M, N)
 
 
 def _are_aligned(strides: tuple[int, int]) -> bool:

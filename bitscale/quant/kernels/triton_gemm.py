@@ -1,4 +1,4 @@
-"""The three matrix products of a ternary linear layer.
+"""The three matrix products of a ternary linear layer; integer gradients: triton_gradient_gemm.py.
 
 T tokens, D inputs, F outputs. Operands stay int8 in memory; the forward product runs on the
 integer tensor cores, the backward ones widen codes to the gradient's dtype tile by tile.
@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitscale.quant.kernels import plain_backward
-from bitscale.quant.kernels.table import GradientBits
 from bitscale.quant.kernels.tiles import Tile, backward_tile, forward_tile
 from bitscale.quant.kernels.triton_common import LAUNCH, as_operand, round_to, rows_of
 from bitscale.quant.reference import Int8Rows, Ternary
@@ -40,12 +38,8 @@ def integer_linear(
     return y_TF.view(*x.codes_TD.shape[:-1], F)
 
 
-def input_grad(
-    grad_TF: Tensor, weight: Ternary, bits: GradientBits = None, tile: Tile | None = None
-) -> Tensor:
-    """Twin of `plain.input_grad`; 16-bit gradients are multiplied in 16 bit."""
-    if bits is not None:
-        return plain_backward.input_grad(grad_TF, weight, bits)
+def input_grad(grad_TF: Tensor, weight: Ternary, tile: Tile | None = None) -> Tensor:
+    """Twin of `plain_backward.input_grad` without bits; 16-bit gradients stay 16 bit."""
     g_TF, w_FD = rows_of(grad_TF), rows_of(weight.codes_FD)
     (T, F), D = g_TF.shape, w_FD.shape[1]
     grad_TD = torch.empty((T, D), dtype=grad_TF.dtype, device=grad_TF.device)
@@ -64,12 +58,9 @@ def weight_grad(
     x: Int8Rows,
     dtype: torch.dtype,
     main_grad_FD: Tensor | None,
-    bits: GradientBits = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Twin of `plain.weight_grad`; 16-bit gradients are multiplied in 16 bit."""
-    if bits is not None:
-        return plain_backward.weight_grad(grad_TF, x, dtype, main_grad_FD, bits)
+    """Twin of `plain_backward.weight_grad` without bits; 16-bit gradients stay 16 bit."""
     g_TF, x_TD = rows_of(grad_TF), rows_of(x.codes_TD)
     (T, F), D = g_TF.shape, x_TD.shape[1]
     if main_grad_FD is None:
@@ -138,6 +129,18 @@ def add_to_tile(values, out, row, column, num_rows, num_columns):
     tl.store(target, tl.load(target, mask=inside, other=0.0) + values, mask=inside)
 
 
+@triton.jit
+def add_in_halves(
+    values, out, first_row, first_column, num_rows, num_columns,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`add_to_tile` in two halves: all values and as many loaded do not fit into the registers."""
+    row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N // 2)
+    left, right = tl.split(tl.permute(tl.reshape(values, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    add_to_tile(left, out, row, column, num_rows, num_columns)
+    add_to_tile(right, out, row, column + BLOCK_N // 2, num_rows, num_columns)
+
+
 # Below, a tile's address is a 64-bit base that the loop advances plus constant 32-bit offsets:
 # a tile of 64-bit pointers would take twice the registers.
 
@@ -156,6 +159,7 @@ def forward(
     w_offsets = rows_inside(first_f, BLOCK_N, F)[None, :] * w_stride + d[:, None]
     x = x_TD + first_t.to(tl.int64) * x_stride
     w = w_FD + first_f.to(tl.int64) * w_stride
+    s = tl.load(scale)  # after the loop it would cost 68 registers (docs/kernels.md)
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     for start in range(0, D, BLOCK_K):
         if EVEN_K:
@@ -168,7 +172,7 @@ def forward(
         w += BLOCK_K
     t, f = first_t + tl.arange(0, BLOCK_M), first_f + tl.arange(0, BLOCK_N)
     row_scale = tl.load(row_scale_T + t, mask=t < T, other=0.0)
-    y = sums.to(tl.float32) * row_scale[:, None] * tl.load(scale)
+    y = sums.to(tl.float32) * row_scale[:, None] * s
     if HAS_BIAS:
         y += tl.load(bias_F + f, mask=f < F, other=0.0).to(tl.float32)[None, :]
     store_tile(y, y_TF, t, f, T, F)
@@ -191,6 +195,7 @@ def grad_of_input(
     inside_D = (d < D)[None, :]
     g = g_TF + first_t.to(tl.int64) * g_stride
     w = w_FD
+    s = tl.load(scale)
     dtype: tl.constexpr = g_TF.dtype.element_ty
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, F, BLOCK_K):
@@ -205,7 +210,7 @@ def grad_of_input(
         g += BLOCK_K
         w += BLOCK_K * w_stride
     t = first_t + tl.arange(0, BLOCK_M)
-    store_tile(sums * tl.load(scale), grad_TD, t, d, T, D)
+    store_tile(sums * s, grad_TD, t, d, T, D)
 
 
 @triton.jit
@@ -241,11 +246,7 @@ def grad_of_weight(
         x += BLOCK_K * x_stride
         row_scale += BLOCK_K
     if ACCUMULATE:
-        # In two halves: the sums and as many loaded values do not fit into the registers.
-        halves = tl.permute(tl.reshape(sums, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
-        d = block_d * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-        add_to_tile(left, grad_FD, f, d, F, D)
-        add_to_tile(right, grad_FD, f, d + BLOCK_N // 2, F, D)
+        first_f, first_d = block_f * BLOCK_M, block_d * BLOCK_N
+        add_in_halves(sums, grad_FD, first_f, first_d, F, D, BLOCK_M, BLOCK_N)
     else:
         store_tile(sums, grad_FD, f, d, F, D)
