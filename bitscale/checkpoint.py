@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +31,7 @@ from torch import Tensor
 from bitscale.engine.fragments import MOMENTS, Fragment
 from bitscale.errors import CheckpointError
 from bitscale.mesh import Mesh
+from bitscale.model.collectives import ParameterShard
 
 FORMAT = "bitscale-checkpoint-1"
 _KINDS = ("master", *MOMENTS)
@@ -182,6 +183,19 @@ def read_meta(path: Path) -> Meta:
         raise CheckpointError(f"{file}: damaged ({error}); use another checkpoint") from error
 
 
+_Part = tuple[int, int, int]  # dimension, start and end of a tensor-parallel part
+
+
+class _Piece(NamedTuple):
+    """A flat range of a parameter, or of a part of it, and where it is."""
+
+    start: int
+    numel: int
+    file: str
+    key: str
+    part: _Part | None
+
+
 class Reader:
     """Reads flat ranges of any parameter's master or moments out of a checkpoint.
 
@@ -192,23 +206,58 @@ class Reader:
         self.path = path
         self.meta = read_meta(path)
         self._handles: dict[str, Any] = {}
-        # (parameter, kind) -> [(start, numel, file, key)]
-        self._index: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
+        self._index: dict[tuple[str, str], list[_Piece]] = {}  # by parameter and kind
+        self._whole: tuple[tuple[str, str], Tensor] | None = None  # the last one put together
         for name in self.meta.files:
             self._open(name)
 
-    def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
-        """fp32 [numel]: elements [start, start + numel) of parameter `name`.
+    def read(
+        self, name: str, kind: str, start: int, numel: int, shard: ParameterShard | None = None
+    ) -> Tensor:
+        """fp32 [numel]: elements [start, start + numel) of parameter `name`, or of its `shard`.
 
         `kind` is "master", "exp_avg" or "exp_avg_sq".
         """
+        wanted = None if shard is None else (shard.dim, shard.start, shard.end)
+        pieces = self._index.get((name, kind), [])
+        if all(piece.part == wanted for piece in pieces):
+            return self._read_flat(name, kind, wanted, start, numel)
+        # Written by another number of tensor-parallel ranks.
+        if self._whole is None or self._whole[0] != (name, kind):
+            self._whole = ((name, kind), self._put_together(name, kind))
+        whole = self._whole[1]
+        return (whole if shard is None else shard.of(whole)).reshape(-1)[start : start + numel]
+
+    def _put_together(self, name: str, kind: str) -> Tensor:
+        shape = self.meta.shapes[name]
+        whole = torch.empty(shape)
+        num_rows = 0
+        for part in sorted({piece.part for piece in self._index[name, kind]}, key=str):
+            if part is None:
+                return self._read_flat(name, kind, None, 0, whole.numel()).view(shape)
+            dim, start, end = part
+            place = whole.narrow(dim, start, end - start)
+            flat = self._read_flat(name, kind, part, 0, place.numel())
+            place.copy_(flat.view(place.shape))
+            num_rows += end - start
+            if num_rows == shape[dim]:
+                return whole
+        raise CheckpointError(
+            f"{self.path}: {name} ({kind}) is not all there: parts of tensor-parallel ranks are "
+            "missing; the checkpoint is incomplete: use another"
+        )
+
+    def _read_flat(
+        self, name: str, kind: str, part: _Part | None, start: int, numel: int
+    ) -> Tensor:
         out = torch.empty(numel, dtype=torch.float32)
         filled = 0
-        for piece_start, piece_numel, file, key in self._index.get((name, kind), []):
-            low, high = max(start, piece_start), min(start + numel, piece_start + piece_numel)
-            if low < high:
-                piece = self._handles[file].get_slice(key)[low - piece_start : high - piece_start]
-                out[low - start : high - start] = piece
+        for piece in self._index.get((name, kind), []):
+            low = max(start, piece.start)
+            high = min(start + numel, piece.start + piece.numel)
+            if piece.part == part and low < high:
+                values = self._handles[piece.file].get_slice(piece.key)
+                out[low - start : high - start] = values[low - piece.start : high - piece.start]
                 filled += high - low
         if filled != numel:
             raise CheckpointError(
@@ -254,7 +303,8 @@ class Reader:
                 fragment.step.fill_(max(self.meta.adam_steps.values()))
                 continue
             for kind, view in zip(_KINDS, _views(fragment), strict=True):
-                view.copy_(self.read(fragment.name, kind, fragment.start, fragment.numel))
+                start, numel, shard = fragment.start, fragment.numel, fragment.shard
+                view.copy_(self.read(fragment.name, kind, start, numel, shard))
             fragment.step.fill_(self.meta.adam_steps[fragment.name])
 
     def _open(self, name: str) -> None:
@@ -282,9 +332,11 @@ class Reader:
         self._handles[name] = handle
         for key in handle.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
             if "|" in key:
-                parameter, kind, start = key.split("|")
+                parameter, kind, start, *rest = key.split("|")
                 numel = handle.get_slice(key).get_shape()[0]  # type: ignore[no-untyped-call]
-                self._index.setdefault((parameter, kind), []).append((int(start), numel, name, key))
+                part = cast(_Part, tuple(map(int, rest[0].split(":")))) if rest else None
+                piece = _Piece(int(start), numel, name, key, part)
+                self._index.setdefault((parameter, kind), []).append(piece)
 
 
 def _shown(shape: Sequence[int] | None) -> str:
@@ -310,7 +362,7 @@ def _write_shard(path: Path, fragments: Iterable[Fragment], rng_state: Tensor) -
         if fragment.saved_here:
             for kind, view in zip(_KINDS, _views(fragment), strict=True):
                 # A copy: safetensors refuses views that share a storage.
-                tensors[_key(fragment.name, kind, fragment.start)] = view.detach().cpu().clone()
+                tensors[_key(fragment, kind)] = view.detach().cpu().clone()
     try:
         save_file(tensors, path)
         give_ordinary_mode(path)
@@ -324,9 +376,11 @@ def _views(fragment: Fragment) -> tuple[Tensor, Tensor, Tensor]:
     return fragment.master, fragment.exp_avg, fragment.exp_avg_sq
 
 
-def _key(name: str, kind: str, start: int) -> str:
-    """`layers.0.attn.q.weight|exp_avg|4096`: parameter, kind, first flat element."""
-    return f"{name}|{kind}|{start}"
+def _key(fragment: Fragment, kind: str) -> str:
+    """`layers.0.attn.q.weight|exp_avg|4096`: parameter, kind, first flat element; and for a
+    tensor-parallel part `|0:128:256`: of rows (0) or columns (1) 128 to 255, counted within it."""
+    key, shard = f"{fragment.name}|{kind}|{fragment.start}", fragment.shard
+    return key if shard is None else f"{key}|{shard.dim}:{shard.start}:{shard.end}"
 
 
 def _make_empty(staging: Path) -> None:

@@ -53,8 +53,8 @@ def evaluate(
             shard,
             seq_len=seq_len,
             batch_size=batch_size,
-            dp_rank=mesh.rank,
-            dp_size=mesh.world_size,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size,
             max_batches=max_batches,
             reset_attention=reset_attention,
         ):

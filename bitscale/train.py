@@ -17,6 +17,7 @@ from bitscale.config import (
     Config,
     check_world_size,
     config_hash,
+    num_kv_heads,
     num_steps,
     stop_step,
     to_tree,
@@ -31,11 +32,13 @@ from bitscale.mesh import (
     Mesh,
     close_mesh,
     init_mesh,
+    share_model,
     under_launcher,
     world_size_from_environment,
 )
 from bitscale.model.bitlinear import bit_linears, is_scale, set_strength
 from bitscale.model.decoder import Decoder
+from bitscale.model.layers import ranks_of
 from bitscale.optim import learning_rate, weight_decay
 from bitscale.preemption import StopRequest
 from bitscale.quant.schedule import Strength, quant_strength
@@ -89,7 +92,7 @@ def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[st
         BitscaleError: anything that a user can mend, before a step is taken; NonFiniteLoss later.
     """
     check_world_size(cfg, world_size_from_environment())
-    _refuse_shared_models(cfg)
+    _refuse_pipeline(cfg)
     corpora = run.load_corpora(cfg)
     cfg = run.resolve_vocab(cfg, corpora[0].vocab_size)
     identity = run.identity(cfg, corpora)
@@ -100,6 +103,7 @@ def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[st
         differences = run.check_identity(identity, reader.meta.identity, reader.path, allow_change)
 
     mesh = init_mesh(cfg.engine.device, cfg.engine.num_threads)
+    mesh = share_model(mesh, cfg.parallel.tp, num_kv_heads(cfg))
     try:
         session = _set_up(cfg, mesh, corpora, identity, reader)
         _announce(session, reader, differences)
@@ -112,13 +116,12 @@ def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[st
         close_mesh()
 
 
-def _refuse_shared_models(cfg: Config) -> None:
-    for key, size in (("tp", cfg.parallel.tp), ("pp", cfg.parallel.pp)):
-        if size > 1:
-            raise ConfigError(
-                f"parallel.{key}={size}: `bitscale train` runs data parallel only so far; "
-                f"use parallel.{key}=1 (`bitscale plan` reckons with it)"
-            )
+def _refuse_pipeline(cfg: Config) -> None:
+    if cfg.parallel.pp > 1:
+        raise ConfigError(
+            f"parallel.pp={cfg.parallel.pp}: `bitscale train` has no pipeline so far; use "
+            "parallel.pp=1 with tensor parallelism or ZeRO"
+        )
 
 
 def _loop(session: _Session, start: int, stop_request: StopRequest) -> Outcome:
@@ -179,8 +182,8 @@ def _set_up(
         seq_len=cfg.data.seq_len,
         global_batch_size=cfg.train.global_batch_size,
         micro_batch_size=cfg.train.micro_batch_size,
-        dp_rank=mesh.rank,
-        dp_size=mesh.world_size,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
         seed=cfg.data.seed,
         reset_attention=cfg.data.reset_attention,
     )
@@ -190,6 +193,7 @@ def _set_up(
         cfg.quant,
         seed=cfg.train.seed,
         activation_checkpointing=cfg.train.activation_checkpointing,
+        ranks=ranks_of(mesh, sequence_parallel=cfg.parallel.sequence_parallel),
     )
     telemetry = TernaryTelemetry(model) if cfg.log.telemetry_every else None
     engine = TrainEngine(cfg, model, mesh)
@@ -360,7 +364,7 @@ def _evaluate(session: _Session, done: int) -> EvalResult | None:
     cfg, mesh = session.cfg, session.mesh
     if not any("valid" in corpus.splits for corpus in session.corpora):
         return None
-    passes = cfg.train.global_batch_size // (cfg.train.micro_batch_size * mesh.world_size)
+    passes = cfg.train.global_batch_size // (cfg.train.micro_batch_size * mesh.dp_size)
     begin = time.perf_counter()
     result = evaluate(
         session.engine.token_losses,

@@ -41,5 +41,9 @@ def run(args: argparse.Namespace) -> int:
     from bitscale.engine.ds_config import deepspeed_config
 
     check_world_size(cfg, args.world_size)
-    print(json.dumps(deepspeed_config(cfg, args.world_size), indent=2))
+    print(
+        json.dumps(
+            deepspeed_config(cfg, args.world_size // (cfg.parallel.tp * cfg.parallel.pp)), indent=2
+        )
+    )
     return 0

@@ -235,6 +235,11 @@ def _check_parallel(cfg: Config) -> None:
             f"parallel.sequence_parallel splits data.seq_len={cfg.data.seq_len} over "
             f"parallel.tp={p.tp} ranks, which does not divide it; change one of them"
         )
+    if p.tp > 1 and cfg.engine.zero_stage == 0:
+        raise ConfigError(
+            f"parallel.tp={p.tp} with engine.zero_stage=0: the gradient norm over tensor parallel "
+            "ranks is DeepSpeed's ZeRO optimizer's; use engine.zero_stage=1 (the same update)"
+        )
     if p.pp > m.num_layers:
         raise ConfigError(
             f"parallel.pp={p.pp} stages for model.num_layers={m.num_layers}; use at most as many"

@@ -12,6 +12,7 @@ that the run computed with, and dequantized once, never re-quantized.
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -186,7 +187,7 @@ def _pack_all(reader: Reader, cfg: Config) -> tuple[dict[str, Tensor], str]:
 def _bias(reader: Reader, cfg: Config, name: str) -> Tensor | None:
     if name not in reader.meta.shapes:
         return None
-    bias = reader.read(name, "master", 0, *reader.meta.shapes[name])
+    bias = reader.read(name, "master", 0, math.prod(reader.meta.shapes[name]))
     return bias.to(DTYPES[cfg.train.dtype])
 
 

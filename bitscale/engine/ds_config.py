@@ -6,9 +6,9 @@ from typing import Any
 from bitscale.config import Config
 
 
-def deepspeed_config(cfg: Config, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's JSON for `cfg` on `world_size` ranks, `engine.deepspeed` merged on top."""
-    per_pass = cfg.train.micro_batch_size * world_size
+def deepspeed_config(cfg: Config, dp_size: int) -> dict[str, Any]:
+    """DeepSpeed's JSON for `cfg` on `dp_size` data-parallel ranks, under `engine.deepspeed`."""
+    per_pass = cfg.train.micro_batch_size * dp_size
     derived: dict[str, Any] = {
         "train_batch_size": cfg.train.global_batch_size,
         "train_micro_batch_size_per_gpu": cfg.train.micro_batch_size,

@@ -10,18 +10,22 @@ This file is the only one that knows DeepSpeed's internal layout (measured with 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from bitscale.mesh import Mesh
+from bitscale.model.collectives import ParameterShard, shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Flat range [start, start + numel) of parameter `name`, fp32, held by this rank."""
+    """Flat range [start, start + numel) of parameter `name`, or of this rank's tensor-parallel part
+    of it, fp32, held by this rank."""
 
     name: str
     start: int
@@ -29,7 +33,9 @@ class Fragment:
     exp_avg: Tensor  # [numel] view
     exp_avg_sq: Tensor  # [numel] view
     step: Tensor  # Adam's step count, scalar; shared by the fragments of one optimizer tensor
-    saved_here: bool = True  # False: a replica that another rank saves (stage 0)
+    saved_here: bool = True  # False: a replica that another rank saves
+    # The part of the whole parameter whose flat range this is; None: of the parameter itself.
+    shard: ParameterShard | None = None
 
     @property
     def numel(self) -> int:
@@ -65,8 +71,7 @@ def fragments(
     optimizer: torch.optim.Optimizer,
     *,
     stage: int,
-    rank: int,
-    world_size: int,
+    mesh: Mesh,
 ) -> Iterator[Fragment]:
     """This rank's fragments, in parameter order.
 
@@ -76,13 +81,27 @@ def fragments(
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if stage == 0:
             # Every rank holds every parameter; they take turns in saving them.
-            yield _replicated(name, parameter, optimizer, index % world_size == rank)
+            turn = index % mesh.world_size == mesh.rank
+            fragment: Fragment | None = _replicated(name, parameter, optimizer, turn)
         elif stage == 3:
             fragment = _stage3(name, parameter, wrapper, optimizer)
-            if fragment is not None:
-                yield fragment
         elif parameter._hp_mapping is not None:  # type: ignore[attr-defined]
-            yield _stage12(name, parameter, optimizer)
+            fragment = _stage12(name, parameter, optimizer)
+        else:
+            fragment = None
+        if fragment is not None:
+            saved_here = fragment.saved_here and is_counted_here(parameter, mesh)
+            yield replace(fragment, shard=shard_of(parameter), saved_here=saved_here)
+
+
+def is_counted_here(parameter: nn.Parameter, mesh: Mesh) -> bool:
+    """Whether this tensor-parallel rank, of those that hold the same values, answers for them."""
+    shard = shard_of(parameter)
+    if shard is None:
+        return mesh.tp_rank == 0
+    num_parts = -(-shard.whole[shard.dim] // (shard.end - shard.start))
+    # Key/value heads that several neighbours hold have fewer parts than ranks.
+    return num_parts >= mesh.tp_size or mesh.tp_rank % mesh.kv_replicas == 0
 
 
 def _replicated(

@@ -15,10 +15,12 @@ from bitscale.config import Config, check_world_size
 from bitscale.data.batches import EvaluationBatch, MicroBatch
 from bitscale.engine import fragments as fragment_views
 from bitscale.engine.ds_config import deepspeed_config
-from bitscale.engine.fragments import Fragment
+from bitscale.engine.fragments import Fragment, is_counted_here
+from bitscale.engine.mpu import ModelParallelUnit
 from bitscale.errors import ConfigError
 from bitscale.mesh import Mesh
 from bitscale.model.bitlinear import forget_weights, prepare_weights, set_kernels
+from bitscale.model.collectives import shard_of, whole_parameter
 from bitscale.optim import decayed_and_not
 
 
@@ -35,6 +37,11 @@ class TrainEngine:
         set_kernels(model, cfg.quant.kernel, mesh.device.type)
         self.cfg, self.mesh = cfg, mesh
         self.stage = cfg.engine.zero_stage
+        for parameter in model.parameters():
+            # DeepSpeed's gradient norm counts these on every tensor-parallel rank, the others on
+            # the first of them only.
+            counts = shard_of(parameter) is not None and is_counted_here(parameter, mesh)
+            parameter.tensor_model_parallel = counts  # type: ignore[attr-defined]
         groups = zip(decayed_and_not(model), (True, False), strict=True)
         # lr 0: DeepSpeed steps once on zero gradients at start-up in some modes, and weight
         # decay would then change the weights. Every real step sets its own lr.
@@ -51,7 +58,10 @@ class TrainEngine:
             # DeepSpeed prints a dozen lines of memory readings on the way.
             with contextlib.redirect_stdout(io.StringIO()):
                 self._engine, self._wrapper, _, _ = deepspeed.initialize(
-                    model=model, optimizer=self._adam, config=deepspeed_config(cfg, mesh.world_size)
+                    model=model,
+                    optimizer=self._adam,
+                    config=deepspeed_config(cfg, mesh.dp_size),
+                    mpu=None if mesh.tp_size == 1 else ModelParallelUnit(mesh),
                 )
         except (ValueError, NotImplementedError, AssertionError, KeyError, TypeError) as error:
             if not cfg.engine.deepspeed:
@@ -111,8 +121,7 @@ class TrainEngine:
             self._wrapper,
             self._adam,
             stage=self.stage,
-            rank=self.mesh.rank,
-            world_size=self.mesh.world_size,
+            mesh=self.mesh,
         )
 
     def publish_masters(self) -> None:
@@ -122,21 +131,24 @@ class TrainEngine:
 
     @contextlib.contextmanager
     def gathered(self, parameter: nn.Parameter) -> Iterator[Tensor]:
-        """The whole compute weight, on every rank, read-only (a collective at stage 3)."""
+        """The whole compute weight, on every rank, read-only (a collective at stage 3 and where
+        tensor-parallel ranks share it)."""
         if self.stage == 3:
             import deepspeed
 
             with deepspeed.zero.GatheredParameters(parameter):
-                yield parameter.data
+                yield whole_parameter(parameter, self.mesh.tp_group)
         else:
-            yield parameter.data
+            yield whole_parameter(parameter, self.mesh.tp_group)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Logical shape of every parameter, by name, whatever the stage."""
-        return {
-            name: tuple(getattr(p, "ds_shape", p.shape))
-            for name, p in self.module.named_parameters()
-        }
+        """Logical shape of every parameter, by name, whatever the stage and the ranks."""
+        shapes = {}
+        for name, parameter in self.module.named_parameters():
+            shard = shard_of(parameter)
+            own = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            shapes[name] = own if shard is None else shard.whole
+        return shapes
 
     def _prepare_weights(self) -> None:
         # At stage 3 the weights are there only while their layer runs, and codes kept from one

@@ -48,6 +48,25 @@ def shard_of(parameter: Tensor) -> ParameterShard | None:
     return getattr(parameter, "shard", None)
 
 
+def whole_parameter(parameter: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The whole of a parameter from its ranks' parts, without gradient (a collective)."""
+    shard = shard_of(parameter)
+    if shard is None or group is None:
+        return parameter.data
+    parts: list[Any] = [None] * group.size()
+    dist.all_gather_object(parts, shard, group=group)
+    # Parts may differ in size by the last ones' missing rows: all are sent at the largest size.
+    size = max(part.end - part.start for part in parts)
+    moved = parameter.data.movedim(shard.dim, 0)
+    padded = moved.new_zeros((size, *moved.shape[1:]))
+    padded[: moved.shape[0]] = moved
+    whole = parameter.data.new_empty(shard.whole)
+    gathered = torch.split(all_gather(padded, group), size)
+    for part, rows in zip(parts, gathered, strict=True):
+        part.of(whole).copy_(rows[: part.end - part.start].movedim(0, shard.dim))
+    return whole
+
+
 def copy_to_group(x: Tensor, tp: TensorGroup) -> Tensor:
     """x, whose gradient is the sum over the ranks."""
     return x if tp.group is None else cast(Tensor, _Copy.apply(x, tp.group))  # type: ignore[no-untyped-call]

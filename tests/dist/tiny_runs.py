@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitscale.config import Config, parse_config
+from bitscale.config import Config, num_kv_heads, parse_config
 from bitscale.data.batches import Batches, MicroBatch
 from bitscale.data.shards import ShardWriter, TokenShard
-from bitscale.engine import TrainEngine
-from bitscale.mesh import Mesh
+from bitscale.engine import Fragment, TrainEngine
+from bitscale.mesh import Mesh, share_model
 from bitscale.model.bitlinear import bit_linears, set_strength
 from bitscale.model.decoder import Decoder
+from bitscale.model.layers import ranks_of
 from bitscale.optim import learning_rate, weight_decay
 from bitscale.quant.schedule import quant_strength
 from bitscale.transition import begin_transition
@@ -144,6 +145,7 @@ def make_engine(cfg: Config, mesh: Mesh) -> TrainEngine:
         cfg.quant,
         seed=cfg.train.seed,
         activation_checkpointing=cfg.train.activation_checkpointing,
+        ranks=ranks_of(mesh, sequence_parallel=cfg.parallel.sequence_parallel),
     )
     engine = TrainEngine(cfg, model, mesh)
     if not gc.get_freeze_count():
@@ -166,8 +168,9 @@ def train_step(engine: TrainEngine, batches: Batches, step: int, mesh: Mesh) -> 
 
 def train(mesh: Mesh, cfg: Config, corpus: Path) -> Curve:
     """The whole run on this world."""
+    mesh = share_model(mesh, cfg.parallel.tp, num_kv_heads(cfg))
     engine = make_engine(cfg, mesh)
-    batches = make_batches(cfg, corpus, mesh.rank, mesh.world_size)
+    batches = make_batches(cfg, corpus, mesh.dp_rank, mesh.dp_size)
     curve = Curve([], [], {})
     for step in range(NUM_STEPS):
         if step == TRANSITION_STEP:
@@ -186,13 +189,28 @@ def whole_state(engine: TrainEngine, mesh: Mesh) -> dict[str, Whole]:
     Fails unless the fragments with `saved_here` cover each element exactly once and agree on
     the step count.
     """
+    shapes = engine.parameter_shapes()
     mine = [
-        (f.name, f.start, f.master.clone(), f.exp_avg.clone(), f.exp_avg_sq.clone(), int(f.step))
+        (
+            f.name,
+            _places(f, shapes[f.name]),
+            f.master.clone(),
+            f.exp_avg.clone(),
+            f.exp_avg_sq.clone(),
+            int(f.step),
+        )
         for f in engine.fragments()
         if f.saved_here
     ]
     pieces = [piece for rank in mesh.gather_objects(mine) for piece in rank]
-    return dict(_put_together(engine.parameter_shapes(), pieces))
+    return dict(_put_together(shapes, pieces))
+
+
+def _places(fragment: Fragment, shape: tuple[int, ...]) -> Tensor:
+    """Where the fragment's elements lie in the flattened whole parameter."""
+    places = torch.arange(torch.Size(shape).numel()).view(shape)
+    part = places if fragment.shard is None else fragment.shard.of(places)
+    return part.reshape(-1)[fragment.start : fragment.start + fragment.numel]
 
 
 def _put_together(
@@ -203,12 +221,12 @@ def _put_together(
         covered = torch.zeros(numel, dtype=torch.int64)
         views = [torch.full((numel,), torch.nan) for _ in KINDS]
         steps = set()
-        for piece_name, start, *tensors, step in pieces:
+        for piece_name, places, *tensors, step in pieces:
             if piece_name == name:
-                covered[start : start + tensors[0].numel()] += 1
+                covered[places] += 1
                 steps.add(step)
                 for view, tensor in zip(views, tensors, strict=True):
-                    view[start : start + tensor.numel()] = tensor
+                    view[places] = tensor
         assert covered.eq(1).all(), f"{name} {shape}: elements are covered {covered.tolist()} times"
         assert len(steps) == 1, f"{name}: step counts {steps}"
         yield name, Whole(views[0], views[1], views[2], steps.pop())

@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -140,8 +141,11 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
             check, args = pickle.loads(pipe.recv_bytes())
         except EOFError:
             break
-        # DeepSpeed's stage 3 replaces it for the whole process, for good.
+        # DeepSpeed's stage 3 replaces it for the whole process, for good; and it remembers the
+        # tensor-parallel groups of an engine for the next.
         torch.nn.functional.linear = linear
+        if groups := sys.modules.get("deepspeed.utils.groups"):
+            groups.mpu = None  # type: ignore[attr-defined]
         _report(pipe, check, mesh, *args)
     close_mesh()
 
