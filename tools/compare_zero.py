@@ -57,6 +57,11 @@ class Layout(NamedTuple):
     def name(self) -> str:
         return "-".join(map(str, self[:3])) + (f"-{self.change}" if self.change else "")
 
+    @property
+    def overrides(self) -> list[str]:
+        keys = [f"train.dtype={self.dtype}", f"engine.zero_stage={self.stage}"]
+        return [*keys, self.change] if self.change else keys
+
 
 class Curve(NamedTuple):
     losses: list[float]
@@ -92,7 +97,10 @@ def main() -> int:
     (args.work / "config.yaml").write_text(CONFIG, encoding="utf-8")
     corpus = args.corpus or prepare(args.work / "corpus")
     corpus_name = str(args.corpus or BUILTIN)
-    curves = {layout: train(layout, corpus, args.work) for layout in [*LAYOUTS, *YARDSTICKS]}
+    curves = {
+        layout: train(layout.name, layout.ranks, layout.overrides, corpus, args.work)
+        for layout in [*LAYOUTS, *YARDSTICKS]
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(report(curves, corpus_name), encoding="utf-8")
     print(f"wrote {args.out}")
@@ -114,28 +122,28 @@ def prepare(directory: Path) -> Path:
     return directory
 
 
-def train(layout: Layout, corpus: Path, work: Path) -> Curve:
-    """Launch `layout` and read its metrics back."""
-    run_dir = work / layout.name
+def train(name: str, num_ranks: int, overrides: list[str], corpus: Path, work: Path) -> Curve:
+    """Launch `work`/config.yaml with the overrides and read its metrics back."""
+    run_dir = work / name
     shutil.rmtree(run_dir, ignore_errors=True)
-    launcher = ["-m"]
-    if layout.ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone"]
-        launcher += [f"--nproc-per-node={layout.ranks}", "-m"]
-    command = [sys.executable, *launcher, "bitscale.cli.main", "train", str(work / "config.yaml")]
-    command += [
-        f"run.dir={run_dir}",
-        f"data.corpora=[{{path: {corpus}}}]",
-        f"train.dtype={layout.dtype}",
-        f"engine.zero_stage={layout.stage}",
-        *([layout.change] if layout.change else []),
-    ]
+    command = ["bitscale.cli.main", "train", str(work / "config.yaml"), f"run.dir={run_dir}"]
+    command += [f"data.corpora=[{{path: {corpus}}}]", *overrides]
     begin = time.perf_counter()
+    launch(["-m", *command], num_ranks)
+    print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
+    return read_curve(run_dir)
+
+
+def launch(program: list[str], num_ranks: int) -> str:
+    """Run a Python program, under torchrun from two ranks on; its standard output."""
+    launcher = []
+    if num_ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     # torchrun would set it to 1 and say so; engine.num_threads decides.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
-    print(f"{layout.name}: {time.perf_counter() - begin:.0f} s", flush=True)
-    return read_curve(run_dir)
+    command = [sys.executable, *launcher, *program]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return done.stdout
 
 
 def read_curve(run_dir: Path) -> Curve:
@@ -163,7 +171,7 @@ def report(curves: dict[Layout, Curve], corpus_name: str) -> str:
         versions=versions,
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
         corpus=corpus_name,
-        commit=_commit(),
+        commit=commit(),
         num_runs=len(curves),
         clip=CLIP,
         clipped=sum(norm > CLIP for norm in single["fp32"].grad_norms),
@@ -196,7 +204,7 @@ def _row(curves: dict[Layout, Curve], layout: Layout) -> str:
     return f"| {layout.dtype} | {place} | " + " | ".join(cells) + " |"
 
 
-def _commit() -> str:
+def commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"

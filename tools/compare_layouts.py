@@ -1,0 +1,249 @@
+"""Train the same run over tensor-, sequence- and data-parallel layouts and compare them.
+
+    python tools/compare_layouts.py [--corpus DIR] [--out docs/results/parallel-equivalence.md]
+
+Each run is a real launch (`bitscale train` under torchrun, gloo) of a small decoder on real text
+through the transition, one CPU thread a rank. Then every layout reads the same checkpoint and
+quantizes it: codes and scales are compared by checksum. Exit code 1 if a curve leaves its tolerance
+or a code differs. About eight minutes on two idle cores.
+"""
+
+import argparse
+import datetime
+import hashlib
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from compare_zero import (
+    BUILTIN,
+    CLIP,
+    CONFIG,
+    NUM_STEPS,
+    PHASES,
+    TERNARY_STEP,
+    TRANSITION_STEP,
+    Curve,
+    commit,
+    launch,
+    prepare,
+    train,
+)
+
+from bitscale import checkpoint, run
+from bitscale.config import num_kv_heads, parse_config
+from bitscale.mesh import close_mesh, init_mesh, share_model
+from bitscale.model.bitlinear import bit_linears, prepare_weights, set_strength
+from bitscale.model.collectives import shard_of
+from bitscale.model.decoder import Decoder
+from bitscale.model.layers import ranks_of
+from bitscale.quant.schedule import TERNARY
+
+TOLERANCES = {"fp32": (1e-5, 1e-4, 1e-3), "bf16": (2e-3, 2e-3, 4e-3)}
+
+
+class Layout(NamedTuple):
+    dtype: str
+    ranks: int
+    tp: int
+    sequence_parallel: bool
+    stage: int
+
+    @property
+    def name(self) -> str:
+        return "-".join(map(str, self))
+
+    @property
+    def overrides(self) -> list[str]:
+        return [
+            f"train.dtype={self.dtype}",
+            f"engine.zero_stage={self.stage}",
+            f"parallel.tp={self.tp}",
+            f"parallel.sequence_parallel={str(self.sequence_parallel).lower()}",
+            f"checkpoint.every={TERNARY_STEP}",
+            "checkpoint.keep_every=1",
+        ]
+
+
+SINGLE = {"fp32": Layout("fp32", 1, 1, False, 0), "bf16": Layout("bf16", 1, 1, False, 1)}
+LAYOUTS = [
+    SINGLE["fp32"],
+    Layout("fp32", 2, 1, False, 1),
+    Layout("fp32", 4, 1, False, 1),
+    Layout("fp32", 2, 2, False, 1),
+    Layout("fp32", 2, 2, True, 1),
+    Layout("fp32", 2, 2, True, 2),
+    Layout("fp32", 2, 2, True, 3),
+    Layout("fp32", 4, 2, False, 1),
+    Layout("fp32", 4, 2, True, 1),
+    Layout("fp32", 4, 2, True, 2),
+    Layout("fp32", 4, 2, True, 3),
+    Layout("fp32", 4, 4, False, 1),
+    Layout("fp32", 4, 4, True, 1),
+    Layout("fp32", 4, 4, True, 3),
+    SINGLE["bf16"],
+    Layout("bf16", 2, 2, False, 1),
+    Layout("bf16", 2, 2, True, 1),
+    Layout("bf16", 4, 4, True, 1),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", type=Path, help=f"prepared corpus (default: {BUILTIN})")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/parallel-equivalence.md"))
+    parser.add_argument("--work", type=Path, default=Path("runs/compare-layouts"))
+    parser.add_argument("--codes-of", type=Path, help=argparse.SUPPRESS)  # what a rank runs
+    parser.add_argument("--tp", type=int, default=1, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.codes_of:
+        print_checksum(args.codes_of, args.tp)
+        return 0
+    args.work.mkdir(parents=True, exist_ok=True)
+    (args.work / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    corpus = args.corpus or prepare(args.work / "corpus")
+    curves = {
+        layout: train(layout.name, layout.ranks, layout.overrides, corpus, args.work)
+        for layout in LAYOUTS
+    }
+    saved = args.work / SINGLE["fp32"].name / "checkpoints" / f"step-{TERNARY_STEP:08d}"
+    codes = {
+        tp: launch([__file__, "--codes-of", str(saved), "--tp", str(tp)], tp).strip()
+        for tp in (1, 2, 4)
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(report(curves, codes, str(args.corpus or BUILTIN)), encoding="utf-8")
+    print(f"wrote {args.out}")
+    failures = [
+        f"{layout.name}: {phase} differs by {difference:.1e}, allowed {limit:.0e}"
+        for layout in LAYOUTS
+        for (phase, difference), limit in zip(
+            differences(curves, layout).items(), TOLERANCES[layout.dtype], strict=True
+        )
+        if not difference <= limit
+    ]
+    if len(set(codes.values())) > 1:
+        failures.append(f"codes or scales differ: {codes}")
+    print("\n".join(failures) or "every curve is within its tolerance, and all codes are equal")
+    return 1 if failures else 0
+
+
+def print_checksum(path: Path, tp: int) -> None:
+    """Of the codes and scales of the checkpoint's weights, as `tp` ranks make them."""
+    reader = checkpoint.Reader(path)
+    cfg = parse_config(reader.meta.config, str(path))
+    mesh = share_model(init_mesh("cpu", 1), tp, num_kv_heads(cfg))
+    model = Decoder(cfg.model, cfg.quant, ranks=ranks_of(mesh, sequence_parallel=False))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            shard = shard_of(parameter)
+            values = reader.read(name, "master", 0, parameter.numel(), shard)
+            parameter.copy_(values.view(parameter.shape))
+    set_strength(model, TERNARY)
+    prepare_weights(model)
+    checksum = hashlib.sha256()
+    for _, layer in bit_linears(model):
+        assert layer.prepared is not None and layer.prepared.codes is not None
+        codes, scale = layer.prepared.codes
+        parts = [(shard_of(layer.weight), codes)]
+        if mesh.world_size > 1:
+            parts = [parts[0]] * mesh.world_size
+            dist.all_gather_object(parts, (shard_of(layer.weight), codes))
+        whole = codes
+        if parts[0][0] is not None:
+            whole = torch.empty(parts[0][0].whole, dtype=torch.int8)
+            for shard, part in parts:
+                assert shard is not None
+                shard.of(whole).copy_(part)
+        checksum.update(whole.contiguous().numpy().tobytes() + scale.numpy().tobytes())
+    if mesh.is_main:
+        print(checksum.hexdigest())
+    close_mesh()
+
+
+def differences(curves: dict[Layout, Curve], layout: Layout) -> dict[str, float]:
+    """Largest |loss difference| to the single process, in nats, by phase."""
+    single = curves[SINGLE[layout.dtype]].losses
+    each = [abs(a - b) for a, b in zip(curves[layout].losses, single, strict=True)]
+    return {phase: max(each[steps]) for phase, steps in PHASES.items()}
+
+
+def report(curves: dict[Layout, Curve], codes: dict[int, str], corpus_name: str) -> str:
+    rows = []
+    for layout in LAYOUTS:
+        place = (
+            f"| {layout.dtype} | {layout.ranks} | {layout.tp} | "
+            f"{'yes' if layout.sequence_parallel else 'no'} | {layout.ranks // layout.tp} | "
+            f"{layout.stage} | "
+        )
+        if layout == SINGLE[layout.dtype]:
+            rows.append(place + "the single process ||||")
+            continue
+        figures = [*differences(curves, layout).values()]
+        single = curves[SINGLE[layout.dtype]]
+        figures.append(abs(curves[layout].valid_loss - single.valid_loss))
+        rows.append(place + " | ".join(f"{f:.1e}" if f else "0" for f in figures) + " |")
+    return TEXT.format(
+        date=datetime.datetime.now(tz=datetime.UTC).date(),
+        commit=commit(),
+        machine=f"{platform.machine()}, {os.cpu_count()} cores",
+        versions=", ".join(f"{name} {version}" for name, version in run.versions().items()),
+        corpus=corpus_name,
+        steps=NUM_STEPS,
+        transition=TRANSITION_STEP,
+        ternary=TERNARY_STEP,
+        clip=CLIP,
+        rows="\n".join(rows),
+        codes="\n".join(f"| {tp} | `{checksum[:32]}` |" for tp, checksum in codes.items()),
+        tolerances="\n".join(
+            f"| {dtype} | " + " | ".join(f"{limit:.0e}" for limit in limits) + " |"
+            for dtype, limits in TOLERANCES.items()
+        ),
+    )
+
+
+TEXT = """\
+# Tensor, sequence and data parallel layouts train the same model
+
+Written by `python tools/compare_layouts.py`: {date}, commit {commit}; {machine}; {versions}. Corpus
+`{corpus}`, one CPU thread a rank, gloo.
+
+Each row is one real launch (`bitscale train` under torchrun) of a 2-layer decoder of width 64, 4
+heads and 2 key/value heads (at TP 4 two ranks hold each) on real text: {steps} steps, AdamW,
+gradients clipped at {clip}, transition at step {transition}, linear λ ramp to step {ternary}. The
+figures are the largest |difference| of the training loss to the single process over the steps of a
+phase, in nats, and that of the final validation loss.
+
+| dtype | ranks | TP | SP | DP | ZeRO | 16 bit | ramp | ternary | validation |
+|---|---|---|---|---|---|---|---|---|---|
+{rows}
+
+Allowed (the command fails beyond it):
+
+| dtype | 16 bit | ramp | ternary |
+|---|---|---|---|
+{tolerances}
+
+[zero-equivalence.md](zero-equivalence.md) explains the size of these differences: sums of
+floating-point gradients in another order, and, once λ > 0, single weights on the border between
+two codes that take the other one.
+
+## The same weights give the same codes, to the bit
+
+Every number of tensor-parallel ranks reads the single process's checkpoint of step {ternary} and
+quantizes it. SHA-256 of all codes and scales, put together from the ranks:
+
+| TP | codes and scales |
+|---|---|
+{codes}
+
+That outputs and integer sums at λ = 1 are bitwise equal too, and that a scale taken by each rank
+alone would be noticed, is asserted in `tests/dist/test_parallel_layers.py`.
+"""
+
+if __name__ == "__main__":
+    sys.exit(main())
