@@ -15,6 +15,7 @@ __all__ = [
     "DEVICE",
     "DTYPES",
     "EPS",
+    "FLOAT32_MAX",
     "INF",
     "NAN",
     "TRITON",
@@ -26,6 +27,7 @@ __all__ = [
     "poisoned_outputs",
 ]
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 TRITON = get_kernels("triton", DEVICE)
 

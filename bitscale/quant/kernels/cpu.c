@@ -202,6 +202,10 @@ static inline double total_of(const Wide *sums) {
     return total;
 }
 
+/* Adding and subtracting TO_GRID rounds to multiples of 2^-30, whose sums are exact (quantizer.py:
+exact_sum). */
+#define TO_GRID (1.5 * 4194304.0)
+
 static inline double sum_of_magnitudes(const float *restrict x, int64_t n) {
     Wide sums = {0};
     double rest = 0.0;
@@ -210,9 +214,9 @@ static inline double sum_of_magnitudes(const float *restrict x, int64_t n) {
         Bits magnitude;
         memcpy(&magnitude, x + i, sizeof magnitude);
         magnitude &= 0x7FFFFFFF;
-        sums += __builtin_convertvector((Lanes)magnitude, Wide);
+        sums += __builtin_convertvector((Lanes)magnitude, Wide) + TO_GRID - TO_GRID;
     }
-    for (; i < n; i++) rest += fabs((double)x[i]);
+    for (; i < n; i++) rest += fabs((double)x[i]) + TO_GRID - TO_GRID;
     return total_of(&sums) + rest;
 }
 

@@ -1,6 +1,6 @@
 """The scale of a weight: mean or lower median of |w|, on the device, the same in every run.
 
-N elements of a logical matrix; P programs. Sums are fp64 over fixed blocks in a fixed order;
+N elements of a logical matrix; P programs. Sums are exact in any order;
 the median is selected digit by digit of the bit pattern, which for |w| is in order of size.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitscale.quant.kernels.table import Measure
 from bitscale.quant.kernels.triton_common import LAUNCH
+from bitscale.quant.quantizer import TO_GRID
 
 _BLOCK = 2048  # elements at a time
 _STEPS = 8  # blocks of a program
@@ -64,19 +65,21 @@ def _absmedian(w_N: Tensor, eps: float) -> Tensor:
     return scale
 
 
+GRID = tl.constexpr(TO_GRID)
 _INFINITY_BITS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
 @triton.jit
 def abs_sum_partials(w_N, partials_P, N, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """partials[p] = Σ |w| in fp64 over program p's BLOCK · STEPS elements."""
+    """partials[p] = Σ |w| over program p's BLOCK · STEPS elements, each rounded to a multiple of
+    2^-30, so that no addition rounds (quantizer.py: exact_sum)."""
     program = tl.program_id(0)
     first = program.to(tl.int64) * (BLOCK * STEPS)
     sums = tl.zeros((BLOCK,), dtype=tl.float64)
     for step in range(STEPS):
         n = first + step * BLOCK + tl.arange(0, BLOCK)
         w = tl.load(w_N + n, mask=n < N, other=0.0)
-        sums += tl.abs(w.to(tl.float32)).to(tl.float64)
+        sums += tl.abs(w.to(tl.float32)).to(tl.float64) + GRID - GRID
     tl.store(partials_P + program, tl.sum(sums))
 
 
