@@ -20,6 +20,7 @@ from bitscale.quant.kernels import (
     plain_backward,
     triton_gradient,
     triton_gradient_gemm,
+    triton_norm,
 )
 from bitscale.quant.kernels.linear import rms_norm_rows, ternary_linear
 from bitscale.quant.kernels.table import GradientBits, Kernels
@@ -133,6 +134,17 @@ def test_stochastic_rounding_has_the_right_mean() -> None:
     assert abs(float(codes_TF.double().mean()) - 0.3) < 4 * (0.21 / codes_TF.numel()) ** 0.5
 
 
+def test_a_negative_denormal_is_rounded_down() -> None:
+    """A GPU's floor may make 0 of it; u is 0 here, so that it meets the floor as it is."""
+    g_TF = torch.tensor([[127.0, 0.0]], device=DEVICE)  # step 1
+    g_TF.view(torch.int32)[0, 1] = 0x803BD0F7 - 2**32
+    assert -1.2e-38 < float(g_TF[0, 1]) < 0.0
+    assert float(plain_backward.hash_noise(g_TF.cpu())[0, 1]) == 0.0
+    got = triton_gradient.token_bytes(g_TF, 8)
+    assert got.bytes_nRK[0, 0, :2].tolist() == [127, -1]
+    assert_codes(got, g_TF, 8, 1)
+
+
 @pytest.mark.parametrize(("R", "C"), [(1, 1), (5, 300), (129, 127), (256, 128)])
 def test_transposed_codes(R: int, C: int) -> None:
     generator = torch.Generator().manual_seed(R)
@@ -210,10 +222,10 @@ def test_integer_gradients(T: int, D: int, F: int, dtype: torch.dtype, bits: int
     ids=str,
 )
 def test_every_tile_of_gradient_bytes(bits: int, tile: Tile) -> None:
-    assert_products(*operands(130, 12, 70, torch.float32), bits, tile)
+    assert_products(*operands(66, 12, 70, torch.float32), bits, tile)
 
 
-@pytest.mark.parametrize("T", [7, 8, 9, 17])
+@pytest.mark.parametrize("T", [8, 9, 17])
 def test_chunks_of_tokens(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain_backward, "CHUNK_TOKENS", 8)
     x, weight, grad_TF = operands(T, 20, 30, torch.bfloat16)
@@ -287,19 +299,32 @@ def assert_norm_grad(
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "D"), [(1, 1), (5, 65), (19, 1000), (290, 7)])
-def test_gradient_of_the_norm(T: int, D: int, dtype: torch.dtype, weighted: bool) -> None:
+@pytest.mark.parametrize(
+    ("T", "D", "programs"), [(1, 1, 1), (5, 65, 1), (19, 1000, 4), (67, 7, 67)]
+)
+def test_gradient_of_the_norm(
+    T: int,
+    D: int,
+    programs: int,
+    dtype: torch.dtype,
+    weighted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(triton_norm, "_MIN_PROGRAMS", programs)
     x_TD, grad_TD = gaussian(T, D, seed=1, dtype=dtype) * 3, gaussian(T, D, seed=2, dtype=dtype)
     weight_D = 1 + 0.1 * gaussian(D, seed=3, dtype=dtype) if weighted else None
     assert_norm_grad(among_nans(grad_TD), x_TD, weight_D, stored_TD=among_nans(x_TD))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gradient_of_the_norm_of_long_rows(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_the_norm_of_long_rows(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_norm, "_MIN_PROGRAMS", 2)
     D = 8193 if dtype == torch.float32 else 16385
-    x_TD, grad_TD = gaussian(300, D, seed=1, dtype=dtype)[:4], gaussian(4, D, seed=2, dtype=dtype)
+    x_TD, grad_TD = gaussian(3, D, seed=1, dtype=dtype), gaussian(3, D, seed=2, dtype=dtype)
     assert_norm_grad(grad_TD, x_TD, 1 + 0.1 * gaussian(D, seed=3, dtype=dtype))
-    assert_norm_grad(grad_TD, x_TD, None)
+    assert_norm_grad(grad_TD[:1], x_TD[:1], None)
 
 
 def test_gradient_of_the_norm_of_a_row_with_an_outlier() -> None:
@@ -364,7 +389,7 @@ def step(t: dict[str, Tensor], kernels: Kernels, bits: GradientBits) -> list[Ten
     return [y_TF.detach(), *grads, main_grad_FD, *blends]
 
 
-@pytest.mark.parametrize("bits", [None, *BITS])
+@pytest.mark.parametrize("bits", [None, 8, 24])
 def test_step_equals_the_reference(bits: GradientBits) -> None:
     t = leaves(torch.bfloat16)
     on_cpu = {name: leaf.detach().cpu().requires_grad_() for name, leaf in t.items()}
