@@ -76,7 +76,13 @@ def compile_launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calla
 
     folder = tmp_path_factory.mktemp("cubin")
     launched: list[tuple[str, Any]] = []
+    seen: dict[int, tuple[Any, Usage]] = {}  # by id; the kernel is kept, or its id could return
     run = JITFunction.run
+
+    def usage_once(name: str, compiled: Any) -> Usage:
+        if id(compiled) not in seen:
+            seen[id(compiled)] = compiled, usage(name, compiled, folder / f"{name}.cubin")
+        return seen[id(compiled)][1]
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -86,7 +92,7 @@ def compile_launches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calla
     def compile_launches(function: Callable[..., Any], *args: Any) -> list[Usage]:
         launched.clear()
         function(*args)
-        return [usage(name, compiled, folder / f"{name}.cubin") for name, compiled in launched]
+        return [usage_once(name, compiled) for name, compiled in launched]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", compile_only)
@@ -105,6 +111,7 @@ def usage(name: str, compiled: Any, cubin: Path) -> Usage:
     found = re.search(rf"Function {name}:\s+REG:(\d+) STACK:(\d+)", resources)
     assert found, resources
     assert "sm_90a" in compiled.asm["ptx"]
+    assert ".ftz" not in compiled.asm["ptx"], f"{name} flushes denormals to zero"
     sass = output(knobs.nvidia.nvdisasm.path, "--print-code", cubin)
     names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass, re.M)
     assert "EXIT" in names, sass[:500]
@@ -190,11 +197,10 @@ def integer_gradient_launches(k: Kernels) -> dict[str, Launch]:
 
 def norm_gradient_launches(k: Kernels) -> dict[str, Launch]:
     found: dict[str, Launch] = {}
-    for t, d, dtype in (
-        (T, 4096, BF16), (T, 14336, BF16), (1, 16384, BF16), (1, 32768, BF16),
-        (1, 8192, FP32), (1, 32768, FP32),
+    for d, dtype in (
+        (4096, BF16), (14336, BF16), (16384, BF16), (32768, BF16), (8192, FP32), (32768, FP32),
     ):  # fmt: skip
-        x, rstd = empty(t, d, dtype=dtype), empty(t, 1, dtype=FP32)
+        x, rstd = empty(T, d, dtype=dtype), empty(T, 1, dtype=FP32)
         name = f"norm's gradient, {d:,}{', fp32' if dtype == FP32 else ''}"
         found[name] = (k.rms_norm_grad, (x, x, rstd, x[0]))
     x = empty(T, 4096)
@@ -267,7 +273,7 @@ def test_norm_and_codes_read_once(compiled: dict[str, list[Usage]]) -> None:
 
 def test_epilogues_do_not_double_the_registers(compiled: dict[str, list[Usage]]) -> None:
     """128 of them are sums; a scale loaded after the loop took 254 (docs/kernels.md)."""
-    for launch in ("8,192 tokens", "8,192 tokens, bias", "dX, 8 bits", "dX, 16 bits"):
+    for launch in ("8,192 tokens", "dX, 8 bits", "dX, 16 bits", "dW, 8 bits", "dW, 16 bits"):
         assert compiled[launch][-1].registers <= 200, launch
 
 

@@ -1,13 +1,9 @@
 """The Triton kernels of the backward pass in integers, and of the norm's gradient.
 
-Run as `triton_kernel_cases.py` is. The specification runs on the CPU also where the kernels run on
-a GPU: there PyTorch divides by a number by multiplying with its reciprocal.
+Run as `triton_kernel_cases.py` is.
 
 Shapes: T tokens, D inputs, F outputs.
 """
-
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -16,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from bitscale.quant.kernels import (
-    get_kernels,
     plain_backward,
     triton_gradient,
     triton_gradient_gemm,
+    triton_norm,
 )
 from bitscale.quant.kernels.linear import rms_norm_rows, ternary_linear
 from bitscale.quant.kernels.table import GradientBits, Kernels
@@ -32,11 +28,13 @@ from triton_inputs import (
     FLOAT32_MAX,
     INF,
     NAN,
+    REFERENCE,
     TRITON,
     among_nans,
     assert_same,
     error,
     gaussian,
+    on_cpu,
     operands,
     poisoned_outputs,  # noqa: F401 - a fixture of every case
 )
@@ -47,20 +45,6 @@ pytestmark = [
 ]
 
 BITS = [8, 16, 24]
-
-
-def specified(function: Callable[..., Any], *args: Any) -> Any:
-    """What a function of plain_backward.py gives on the CPU, brought to DEVICE."""
-
-    def moved(value: Any, device: str) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device, copy=True)
-        if isinstance(value, tuple):
-            parts = [moved(part, device) for part in value]
-            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-        return value
-
-    return moved(function(*(moved(arg, "cpu") for arg in args)), DEVICE)
 
 
 # --- Rounding ---
@@ -86,7 +70,7 @@ HARD_GRADIENTS = {
 
 def assert_codes(got: triton_gradient.GradientBytes, g_TF: Tensor, bits: int, dim: int) -> None:
     """Bytes and steps are those of `quantize_gradient`, and zeros lie past the end of a row."""
-    codes_TF, step = specified(plain_backward.quantize_gradient, g_TF, bits, dim)
+    codes_TF, step = on_cpu(plain_backward.quantize_gradient)(g_TF, bits, dim)
     want = torch.stack(plain_backward.split_bytes(codes_TF, bits))
     num_bytes, rows, columns = want.shape if dim == 1 else want.mT.shape
     assert len(got.bytes_nRK) == num_bytes == bits // 8
@@ -131,6 +115,17 @@ def test_stochastic_rounding_has_the_right_mean() -> None:
     codes_TF = triton_gradient.token_bytes(g_TF, 8).bytes_nRK[0, :40, 1:1000]
     assert set(codes_TF.flatten().tolist()) == {0, 1}
     assert abs(float(codes_TF.double().mean()) - 0.3) < 4 * (0.21 / codes_TF.numel()) ** 0.5
+
+
+def test_a_negative_denormal_is_rounded_down() -> None:
+    """A GPU's floor may make 0 of it; u is 0 here, so that it meets the floor as it is."""
+    g_TF = torch.tensor([[127.0, 0.0]], device=DEVICE)  # step 1
+    g_TF.view(torch.int32)[0, 1] = 0x803BD0F7 - 2**32
+    assert -1.2e-38 < float(g_TF[0, 1]) < 0.0
+    assert float(plain_backward.hash_noise(g_TF.cpu())[0, 1]) == 0.0
+    got = triton_gradient.token_bytes(g_TF, 8)
+    assert got.bytes_nRK[0, 0, :2].tolist() == [127, -1]
+    assert_codes(got, g_TF, 8, 1)
 
 
 @pytest.mark.parametrize(("R", "C"), [(1, 1), (5, 300), (129, 127), (256, 128)])
@@ -181,10 +176,11 @@ def assert_products(
 ) -> None:
     """Both products, with and without main_grad, are bit for bit those of the specification."""
     got_TD = triton_gradient_gemm.input_grad(among_nans(grad_TF), weight, bits, tile)
-    assert_same(got_TD, specified(plain_backward.input_grad, grad_TF, weight, bits))
+    assert_same(got_TD, REFERENCE.input_grad(grad_TF, weight, bits))
     args = (grad_TF, x, grad_TF.dtype)
     for main_grad_FD in (None, gaussian(grad_TF.shape[-1], x.codes_TD.shape[-1], seed=8)):
-        want_FD = specified(plain_backward.weight_grad, *args, main_grad_FD, bits)
+        before_FD = None if main_grad_FD is None else main_grad_FD.clone()
+        want_FD = REFERENCE.weight_grad(*args, before_FD, bits)
         got_FD = triton_gradient_gemm.weight_grad(*args, main_grad_FD, bits, tile)
         assert_same(got_FD, want_FD)
         assert main_grad_FD is None or got_FD is main_grad_FD
@@ -210,10 +206,10 @@ def test_integer_gradients(T: int, D: int, F: int, dtype: torch.dtype, bits: int
     ids=str,
 )
 def test_every_tile_of_gradient_bytes(bits: int, tile: Tile) -> None:
-    assert_products(*operands(130, 12, 70, torch.float32), bits, tile)
+    assert_products(*operands(66, 12, 70, torch.float32), bits, tile)
 
 
-@pytest.mark.parametrize("T", [7, 8, 9, 17])
+@pytest.mark.parametrize("T", [8, 9, 17])
 def test_chunks_of_tokens(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain_backward, "CHUNK_TOKENS", 8)
     x, weight, grad_TF = operands(T, 20, 30, torch.bfloat16)
@@ -226,9 +222,9 @@ def test_leading_dimensions_and_strides() -> None:
     rows = Int8Rows(x.codes_TD.view(3, 4, 20), x.scale_T1.view(3, 4, 1))
     for grad in (grad_TF.view(3, 4, 30), gaussian(30, 4, 3).permute(2, 1, 0)):
         got = TRITON.input_grad(grad, weight, 16)
-        assert_same(got, specified(plain_backward.input_grad, grad, weight, 16))
+        assert_same(got, REFERENCE.input_grad(grad, weight, 16))
         args = (grad, rows, torch.float32, None, 16)
-        assert_same(TRITON.weight_grad(*args), specified(plain_backward.weight_grad, *args))
+        assert_same(TRITON.weight_grad(*args), REFERENCE.weight_grad(*args))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -276,7 +272,7 @@ def assert_norm_grad(
     """Error against fp64 at most twice that of the fp32 specification."""
     rstd_T1 = (x_TD.float().square().mean(dim=-1, keepdim=True) + 1e-5).rsqrt()
     got = TRITON.rms_norm_grad(grad_TD, x_TD if stored_TD is None else stored_TD, rstd_T1, weight_D)
-    want = specified(plain_backward.rms_norm_grad, grad_TD, x_TD, rstd_T1, weight_D)
+    want = REFERENCE.rms_norm_grad(grad_TD, x_TD, rstd_T1, weight_D)
     exact = exact_norm_grad(grad_TD, x_TD, rstd_T1, weight_D)
     assert (got[1] is None) == (weight_D is None)
     for value, plain, reference in zip(got, want, exact, strict=True):
@@ -287,19 +283,32 @@ def assert_norm_grad(
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "D"), [(1, 1), (5, 65), (19, 1000), (290, 7)])
-def test_gradient_of_the_norm(T: int, D: int, dtype: torch.dtype, weighted: bool) -> None:
+@pytest.mark.parametrize(
+    ("T", "D", "programs"), [(1, 1, 1), (5, 65, 1), (19, 1000, 4), (67, 7, 67)]
+)
+def test_gradient_of_the_norm(
+    T: int,
+    D: int,
+    programs: int,
+    dtype: torch.dtype,
+    weighted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(triton_norm, "_MIN_PROGRAMS", programs)
     x_TD, grad_TD = gaussian(T, D, seed=1, dtype=dtype) * 3, gaussian(T, D, seed=2, dtype=dtype)
     weight_D = 1 + 0.1 * gaussian(D, seed=3, dtype=dtype) if weighted else None
     assert_norm_grad(among_nans(grad_TD), x_TD, weight_D, stored_TD=among_nans(x_TD))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gradient_of_the_norm_of_long_rows(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_the_norm_of_long_rows(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_norm, "_MIN_PROGRAMS", 2)
     D = 8193 if dtype == torch.float32 else 16385
-    x_TD, grad_TD = gaussian(300, D, seed=1, dtype=dtype)[:4], gaussian(4, D, seed=2, dtype=dtype)
+    x_TD, grad_TD = gaussian(3, D, seed=1, dtype=dtype), gaussian(3, D, seed=2, dtype=dtype)
     assert_norm_grad(grad_TD, x_TD, 1 + 0.1 * gaussian(D, seed=3, dtype=dtype))
-    assert_norm_grad(grad_TD, x_TD, None)
+    assert_norm_grad(grad_TD[:1], x_TD[:1], None)
 
 
 def test_gradient_of_the_norm_of_a_row_with_an_outlier() -> None:
@@ -320,7 +329,7 @@ def test_non_finite_values_surface_in_the_gradient_of_the_norm() -> None:
     x_TD[1, 2], grad_TD[3, 4] = NAN, INF
     rstd_T1 = x_TD.square().mean(dim=-1, keepdim=True).rsqrt()
     args = (grad_TD, x_TD, rstd_T1, weight_D)
-    want = specified(plain_backward.rms_norm_grad, *args)
+    want = REFERENCE.rms_norm_grad(*args)
     for got, expected in zip(TRITON.rms_norm_grad(*args), want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
 
@@ -364,14 +373,12 @@ def step(t: dict[str, Tensor], kernels: Kernels, bits: GradientBits) -> list[Ten
     return [y_TF.detach(), *grads, main_grad_FD, *blends]
 
 
-@pytest.mark.parametrize("bits", [None, *BITS])
+@pytest.mark.parametrize("bits", [None, 8, 24])
 def test_step_equals_the_reference(bits: GradientBits) -> None:
     t = leaves(torch.bfloat16)
-    on_cpu = {name: leaf.detach().cpu().requires_grad_() for name, leaf in t.items()}
-    got = step(t, TRITON, bits)
-    want = step(on_cpu, get_kernels("reference", "cpu"), bits)
+    got, want = step(t, TRITON, bits), step(t, REFERENCE, bits)
     for value, expected in zip(got, want, strict=True):
-        torch.testing.assert_close(value.cpu(), expected, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(value, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a CUDA graph needs an NVIDIA GPU")

@@ -12,7 +12,7 @@ from kernel_cases import HARD_ROWS, HARD_WEIGHTS, MEASURES, SHAPES
 from torch import Tensor
 
 from bitscale.errors import KernelUnavailable
-from bitscale.quant.kernels import get_kernels, plain, plain_backward, tiles, triton_gemm
+from bitscale.quant.kernels import Kernels, plain, tiles, triton_gemm
 from bitscale.quant.kernels.linear import ternary_linear
 from bitscale.quant.kernels.table import Measure
 from bitscale.quant.kernels.tiles import Rule, Tile
@@ -23,6 +23,7 @@ from triton_inputs import (
     EPS,
     INF,
     NAN,
+    REFERENCE,
     TRITON,
     among_nans,
     assert_same,
@@ -49,7 +50,7 @@ def test_ternary_codes_and_scale(name: str, measure: Measure, dtype: torch.dtype
     w = HARD_WEIGHTS[name].to(DEVICE, dtype)
     if w.dim() != 2:
         w = w.flatten(1)
-    got, want = TRITON.ternarize(w, measure, EPS), plain.ternarize(w, measure, EPS)
+    got, want = TRITON.ternarize(w, measure, EPS), REFERENCE.ternarize(w, measure, EPS)
     assert_same(got.codes_FD, want.codes_FD)
     assert_same(got.scale, want.scale)
 
@@ -61,7 +62,10 @@ def test_codes_beside_ties_need_no_division(scale: float) -> None:
     steps = torch.arange(-4, 5, device=DEVICE, dtype=torch.int32)
     near = (half.view(torch.int32) + steps).clamp(min=0).view(torch.float32)
     w_FD = torch.cat([near, -near, torch.zeros(100, device=DEVICE)])[None]
-    got, want = TRITON.ternarize(w_FD, "absmean", scale), plain.ternarize(w_FD, "absmean", scale)
+    got, want = (
+        TRITON.ternarize(w_FD, "absmean", scale),
+        REFERENCE.ternarize(w_FD, "absmean", scale),
+    )
     assert float(got.scale) == float(torch.tensor(scale))
     assert_same(got.codes_FD, want.codes_FD)
     assert {-1, 0, 1} == set(got.codes_FD.flatten().tolist())
@@ -74,7 +78,7 @@ def test_codes_at_random_scales() -> None:
         offsets = torch.randint(-3, 4, (400,), generator=generator, dtype=torch.int32)
         bits = (torch.tensor(scale) / 2).view(torch.int32) + offsets
         w_FD = bits.view(torch.float32).to(DEVICE).view(20, 20)
-        want = plain.ternarize(w_FD, "absmean", scale)
+        want = REFERENCE.ternarize(w_FD, "absmean", scale)
         assert_same(TRITON.ternarize(w_FD, "absmean", scale).codes_FD, want.codes_FD)
 
 
@@ -90,7 +94,7 @@ def test_scale_of_many_values_does_not_drift() -> None:
 def test_weights_of_any_strides(measure: Measure) -> None:
     whole = gaussian(60, 70)
     for w_FD in (whole.T, whole[::3, 5:41], among_nans(whole)):
-        got, want = TRITON.ternarize(w_FD, measure, EPS), plain.ternarize(w_FD, measure, EPS)
+        got, want = TRITON.ternarize(w_FD, measure, EPS), REFERENCE.ternarize(w_FD, measure, EPS)
         assert_same(got.codes_FD, want.codes_FD)
         assert_same(got.scale, want.scale)
 
@@ -102,7 +106,7 @@ def test_weights_of_any_strides(measure: Measure) -> None:
 @pytest.mark.parametrize("name", HARD_ROWS)
 def test_rows_of_hard_values(name: str, dtype: torch.dtype) -> None:
     x_TD = HARD_ROWS[name].to(DEVICE, dtype)
-    got, want = TRITON.quantize_rows(x_TD, EPS), plain.quantize_rows(x_TD, EPS)
+    got, want = TRITON.quantize_rows(x_TD, EPS), REFERENCE.quantize_rows(x_TD, EPS)
     assert_same(got.codes_TD, want.codes_TD)
     assert_same(got.scale_T1, want.scale_T1)
 
@@ -119,7 +123,7 @@ def test_non_finite_activations_surface() -> None:
 def test_rows_of_any_width(D: int, dtype: torch.dtype) -> None:
     x_TD = gaussian(5, D, seed=D, dtype=dtype)
     for view in (x_TD, among_nans(x_TD)):
-        got, want = TRITON.quantize_rows(view, EPS), plain.quantize_rows(view, EPS)
+        got, want = TRITON.quantize_rows(view, EPS), REFERENCE.quantize_rows(view, EPS)
         assert_same(got.codes_TD, want.codes_TD)
         assert_same(got.scale_T1, want.scale_T1)
 
@@ -133,14 +137,14 @@ def test_rows_of_any_strides_and_leading_shape() -> None:
         x_BTD[::2, 1:, ::3],
         x_BTD[0, 0],
     ):
-        got, want = TRITON.quantize_rows(view, EPS), plain.quantize_rows(view, EPS)
+        got, want = TRITON.quantize_rows(view, EPS), REFERENCE.quantize_rows(view, EPS)
         assert_same(got.codes_TD, want.codes_TD)
         assert_same(got.scale_T1, want.scale_T1)
 
 
 def test_tiny_eps_lets_denormal_scales_through() -> None:
     x_TD = torch.tensor([[1e-43, -2e-44, 0.0], [1e-45, 0.0, 0.0]], device=DEVICE)
-    got, want = TRITON.quantize_rows(x_TD, 1e-45), plain.quantize_rows(x_TD, 1e-45)
+    got, want = TRITON.quantize_rows(x_TD, 1e-45), REFERENCE.quantize_rows(x_TD, 1e-45)
     assert_same(got.codes_TD, want.codes_TD)
     assert_same(got.scale_T1, want.scale_T1)
 
@@ -165,10 +169,10 @@ def test_norm_and_codes(D: int, dtype: torch.dtype, weighted: bool) -> None:
     exact_T1 = (x_TD.double().square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
     torch.testing.assert_close(got.rstd_T1.double(), exact_T1, rtol=4e-7, atol=0)
     h_TD = plain.apply_rms_norm(x_TD, got.rstd_T1, weight_D)
-    want = plain.quantize_rows(h_TD, EPS)
+    want = REFERENCE.quantize_rows(h_TD, EPS)
     assert_same(got.codes_TD, want.codes_TD)
     assert_same(got.scale_T1, want.scale_T1)
-    whole = plain.rms_norm_quantize_rows(x_TD, weight_D, 1e-6, EPS)
+    whole = REFERENCE.rms_norm_quantize_rows(x_TD, weight_D, 1e-6, EPS)
     assert int((whole.codes_TD.int() - got.codes_TD.int()).abs().max()) <= 1
     assert float((whole.codes_TD == got.codes_TD).double().mean()) > 0.99
 
@@ -178,13 +182,13 @@ def test_norm_with_an_fp32_weight_promotes() -> None:
     got = TRITON.rms_norm_quantize_rows(x_TD, weight_D, 1e-5, EPS)
     h_TD = plain.apply_rms_norm(x_TD, got.rstd_T1, weight_D)
     assert h_TD.dtype == torch.float32
-    assert_same(got.codes_TD, plain.quantize_rows(h_TD, EPS).codes_TD)
+    assert_same(got.codes_TD, REFERENCE.quantize_rows(h_TD, EPS).codes_TD)
 
 
 def test_non_finite_values_surface_through_the_norm() -> None:
     x_TD = HARD_ROWS["nan"].to(DEVICE)
     got = TRITON.rms_norm_quantize_rows(x_TD, None, 1e-5, EPS)
-    want = plain.rms_norm_quantize_rows(x_TD, None, 1e-5, EPS)
+    want = REFERENCE.rms_norm_quantize_rows(x_TD, None, 1e-5, EPS)
     assert_same(got.codes_TD, want.codes_TD)
     assert got.scale_T1.isnan().flatten().tolist() == [True, True, False]
     assert got.rstd_T1.isnan().flatten().tolist() == [True, True, False]
@@ -199,7 +203,7 @@ def test_integer_product(T: int, D: int, F: int, dtype: torch.dtype) -> None:
     x, weight, bias_TF = operands(T, D, F, dtype)
     for bias_F in (None, bias_TF[0]):
         got = TRITON.integer_linear(x, weight, bias_F, dtype)
-        assert_same(got, plain.integer_linear(x, weight, bias_F, dtype))
+        assert_same(got, REFERENCE.integer_linear(x, weight, bias_F, dtype))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +212,7 @@ def test_integer_product(T: int, D: int, F: int, dtype: torch.dtype) -> None:
 def test_every_forward_tile(tile: Tile) -> None:
     x, weight, _ = operands(200, 144, 300, torch.float32)
     got = triton_gemm.integer_linear(x, weight, None, torch.float32, tile)
-    assert_same(got, plain.integer_linear(x, weight, None, torch.float32))
+    assert_same(got, REFERENCE.integer_linear(x, weight, None, torch.float32))
 
 
 def test_choice_of_tiles() -> None:
@@ -240,7 +244,7 @@ def test_non_finite_scales_surface_in_the_product() -> None:
     x, weight, _ = operands(4, 20, 6, torch.float32)
     x.scale_T1[1], x.scale_T1[2] = NAN, INF
     y_TF = TRITON.integer_linear(x, weight, None, torch.bfloat16)
-    assert_same(y_TF, plain.integer_linear(x, weight, None, torch.bfloat16))
+    assert_same(y_TF, REFERENCE.integer_linear(x, weight, None, torch.bfloat16))
     assert y_TF[1].isnan().all()
     assert not y_TF[2].isfinite().any()
 
@@ -259,7 +263,7 @@ def test_gradient_of_the_input(T: int, D: int, F: int, dtype: torch.dtype) -> No
     got = TRITON.input_grad(among_nans(grad_TF), weight, None)
     assert (got.dtype, got.shape) == (dtype, (T, D))
     assert error(got, exact_TD) <= naive_tolerance(grad_TF, w_FD, exact_TD)
-    want = plain_backward.input_grad(grad_TF, weight, None)
+    want = REFERENCE.input_grad(grad_TF, weight, None)
     assert error(got, want.double()) <= 1e-2 * float(want.double().norm())
 
 
@@ -274,7 +278,7 @@ def test_gradient_of_the_weight(T: int, D: int, F: int, dtype: torch.dtype) -> N
         got = TRITON.weight_grad(among_nans(grad_TF), x, out, None, None)
         assert (got.dtype, got.shape) == (out, (F, D))
         assert error(got, exact_FD) <= tolerance + 1e-12
-    want = plain_backward.weight_grad(grad_TF, x, torch.float32, None, None)
+    want = REFERENCE.weight_grad(grad_TF, x, torch.float32, None, None)
     assert error(got, want.double()) <= 1e-2 * float(want.double().norm())
 
 
@@ -329,16 +333,16 @@ def test_empty_batch() -> None:
 @pytest.mark.parametrize("strength", [0.1, 0.5, 0.9, 1.0])
 def test_blends(strength: float, dtype: torch.dtype) -> None:
     t = gaussian(37, 65, seed=4, dtype=dtype)
-    weight, rows = plain.ternarize(t, "absmean", EPS), plain.quantize_rows(t, EPS)
+    weight, rows = REFERENCE.ternarize(t, "absmean", EPS), REFERENCE.quantize_rows(t, EPS)
     for got, want, codes, scale in (
         (
             TRITON.blend_weight(t, "absmean", EPS, strength),
-            plain.blend_weight(t, "absmean", EPS, strength),
+            REFERENCE.blend_weight(t, "absmean", EPS, strength),
             *weight,
         ),
         (
             TRITON.blend_rows(among_nans(t), EPS, strength),
-            plain.blend_rows(t, EPS, strength),
+            REFERENCE.blend_rows(t, EPS, strength),
             *rows,
         ),
     ):
@@ -356,23 +360,22 @@ def test_blends(strength: float, dtype: torch.dtype) -> None:
 def test_blend_of_rows_longer_than_a_block(D: int) -> None:
     x_TD = gaussian(2, D, seed=6)
     got = TRITON.blend_rows(x_TD, EPS, 1.0)
-    assert_same(got, plain.blend_rows(x_TD, EPS, 1.0))
+    assert_same(got, REFERENCE.blend_rows(x_TD, EPS, 1.0))
 
 
 def test_blends_of_non_finite_values() -> None:
     for x_TD in (HARD_ROWS["nan"].to(DEVICE), HARD_ROWS["inf"].to(DEVICE)):
-        assert_same(TRITON.blend_rows(x_TD, EPS, 0.3), plain.blend_rows(x_TD, EPS, 0.3))
+        assert_same(TRITON.blend_rows(x_TD, EPS, 0.3), REFERENCE.blend_rows(x_TD, EPS, 0.3))
     for w_FD in (HARD_WEIGHTS["nan"].to(DEVICE), HARD_WEIGHTS["inf"].to(DEVICE)):
         got = TRITON.blend_weight(w_FD, "absmean", EPS, 0.3)
-        assert_same(got, plain.blend_weight(w_FD, "absmean", EPS, 0.3))
+        assert_same(got, REFERENCE.blend_weight(w_FD, "absmean", EPS, 0.3))
     assert TRITON.blend_rows(torch.zeros(0, 3, device=DEVICE), EPS, 0.3).shape == (0, 3)
 
 
 # --- The layer ---
 
 
-def layer_gradients(kernels_name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    kernels = get_kernels(kernels_name, DEVICE)
+def layer_gradients(kernels: Kernels, dtype: torch.dtype) -> dict[str, Tensor]:
     x_TD = gaussian(2, 9, 48, seed=7, dtype=dtype).requires_grad_()
     w_FD = gaussian(33, 48, seed=8, dtype=dtype).requires_grad_()
     bias_F = gaussian(33, seed=9, dtype=dtype).requires_grad_()
@@ -386,7 +389,7 @@ def layer_gradients(kernels_name: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layer_equals_the_reference(dtype: torch.dtype) -> None:
-    got, want = layer_gradients("triton", dtype), layer_gradients("reference", dtype)
+    got, want = layer_gradients(TRITON, dtype), layer_gradients(REFERENCE, dtype)
     assert_same(got["y"], want["y"])
     assert_same(got["bias"], want["bias"])
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
@@ -404,7 +407,7 @@ def test_layer_adds_to_main_grad_over_micro_batches() -> None:
         x = TRITON.quantize_rows(x_TD, EPS)
         y_TF = ternary_linear(x_TD, w_FD, None, x, weight, TRITON, main_grad_FD=main_grad_FD)
         y_TF.backward(grad_TF)
-        want = want + plain_backward.weight_grad(grad_TF, x, torch.float32, None, None)
+        want = want + REFERENCE.weight_grad(grad_TF, x, torch.float32, None, None)
     assert w_FD.grad is None
     torch.testing.assert_close(main_grad_FD, want, rtol=1e-5, atol=1e-5)
 

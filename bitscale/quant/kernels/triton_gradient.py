@@ -123,16 +123,23 @@ def hash_noise(g, position):
 
 
 @triton.jit
+def floor(v):
+    """Of fp32 |v| < 2^31. (tl.floor makes 0 of a negative denormal, by cvt.rmi.ftz.)"""
+    whole = v.to(tl.int32).to(tl.float32)
+    return tl.where(whole > v, whole - 1.0, whole)
+
+
+@triton.jit
 def gradient_code(g, step, position, LIMIT: tl.constexpr, NUM_BYTES: tl.constexpr):
     """int32 clip(g / step, rounded, −L, L), 0 where that is NaN; 8 bits round stochastically."""
     scaled = tl.div_rn(g, tl.zeros_like(g) + step)
+    scaled = tl.where(scaled == scaled, scaled, 0.0)
     if NUM_BYTES == 1:
-        rounded = tl.floor(scaled + hash_noise(g, position))
+        rounded = floor(scaled + hash_noise(g, position))
     else:
         # Half to even, as |scaled| < 2^23.
         magnitude = (tl.abs(scaled) + TWO_TO_23) - TWO_TO_23
         rounded = tl.where(scaled < 0.0, -magnitude, magnitude)
-    rounded = tl.where(rounded == rounded, rounded, 0.0)
     return tl.minimum(tl.maximum(rounded, -LIMIT), LIMIT).to(tl.int32)
 
 
