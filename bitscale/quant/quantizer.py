@@ -188,7 +188,8 @@ def _all_but_smallest(magnitude_ABN: Tensor) -> Tensor:
 
 def exact_mean(magnitude: Tensor) -> Tensor:
     """fp64 mean over the last dimension, [..., 1], of numbers >= 0 by `exact_sum`."""
-    return exact_sum(magnitude) / magnitude.shape[-1]
+    total = exact_sum(magnitude)
+    return total / total.new_full((), magnitude.shape[-1])
 
 
 def exact_sum(magnitude: Tensor) -> Tensor:
@@ -217,7 +218,8 @@ def _scale(
         if part.scale_dtype == "native":
             scale = scale.to(native).to(arithmetic)
         return scale, t_ABN * scale
-    scale = (measure_AB1 / part.numerator).to(arithmetic)
+    # Not by a number: on a GPU PyTorch would multiply by its reciprocal, which rounds twice.
+    scale = (measure_AB1 / measure_AB1.new_full((), part.numerator)).to(arithmetic)
     if part.scale_dtype == "native":
         scale = scale.to(native).to(arithmetic)
     divisor = scale.clamp(min=part.eps) if part.eps_enters == "step" else scale

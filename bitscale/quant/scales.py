@@ -122,6 +122,7 @@ def group_rows(x_TD: Tensor, eps: float, group: dist.ProcessGroup | None) -> Int
     peak_T1 = x_TD.abs().view(torch.int32).amax(dim=-1, keepdim=True)
     if group is not None:
         dist.all_reduce(peak_T1, op=dist.ReduceOp.MAX, group=group)
-    scale_T1 = peak_T1.view(torch.float32).clamp(min=eps) / ACTIVATION_MAX
+    peak_T1 = peak_T1.view(torch.float32).clamp(min=eps)
+    scale_T1 = peak_T1 / peak_T1.new_full((), ACTIVATION_MAX)  # not by a number: quantizer.py
     codes_TD = torch.round(x_TD / scale_T1).clamp_(-128, ACTIVATION_MAX).to(torch.int8)
     return Int8Rows(codes_TD, scale_T1)

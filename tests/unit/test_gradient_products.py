@@ -79,6 +79,16 @@ def test_leading_dimensions_dtype_and_main_grad(bits: GradientBits) -> None:
     assert torch.equal(main_grad_FD, flat_FD + 0.5)
 
 
+@pytest.mark.parametrize("bits", [None, *BITS])
+def test_an_empty_batch(bits: GradientBits) -> None:
+    _, _, weight = operands()
+    empty = Int8Rows(torch.zeros(2, 0, D, dtype=torch.int8), torch.zeros(2, 0, 1))
+    grad_TF = torch.zeros(2, 0, F)
+    assert plain_backward.input_grad(grad_TF, weight, bits).shape == (2, 0, D)
+    grad_FD = plain_backward.weight_grad(grad_TF, empty, torch.float32, None, bits)
+    assert torch.equal(grad_FD, torch.zeros(F, D))
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_chunks_of_tokens(bits: GradientBits, monkeypatch: pytest.MonkeyPatch) -> None:
     grad_TF, rows, _ = operands()

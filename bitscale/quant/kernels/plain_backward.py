@@ -38,7 +38,7 @@ def input_grad(grad_TF: Tensor, weight: Ternary, bits: GradientBits) -> Tensor:
     # fp64 sums integers exactly up to 2^53.
     sums_TD = codes_TF.double() @ weight.codes_FD.double()
     grad_TD = sums_TD.float() * step_T1 * weight.scale
-    return grad_TD.to(grad_TF.dtype).view(*grad_TF.shape[:-1], -1)
+    return grad_TD.to(grad_TF.dtype).view(*grad_TF.shape[:-1], weight.codes_FD.shape[1])
 
 
 def weight_grad(
@@ -76,7 +76,8 @@ def quantize_gradient(g_TF: Tensor, bits: int, dim: int = 1) -> tuple[Tensor, Te
         peak = g_TF.new_zeros([1 if axis == dim else size for axis, size in enumerate(g_TF.shape)])
     else:
         peak = g_TF.abs().amax(dim=dim, keepdim=True)
-    step = peak.clamp(min=SMALLEST_PEAK) / limit
+    # Not by a number: on a GPU PyTorch would multiply by its reciprocal.
+    step = peak.clamp(min=SMALLEST_PEAK) / peak.new_full((), limit)
     scaled_TF = g_TF / step
     rounded_TF = (scaled_TF + hash_noise(g_TF)).floor() if bits == 8 else scaled_TF.round()
     codes_TF = rounded_TF.nan_to_num(0.0).clamp(-limit, limit)
