@@ -107,7 +107,7 @@ DIFFERS = {
     "shrink by training. Its code takes the gradient of α beyond .99 α as ±g where ŵ itself changes by ±2/3: "
     "here it is ŵ's own, ±2/3 g; the rest of that code (compared by hand, fp32: codes equal, y, dx, dw and "
     "α's other gradients within 3e-7) agrees; in bf16 it makes codes in bf16, .05% of them others. α below eps "
-    "still gets a gradient, as there. Only the paper's abstract could be read here: the rest is its code's.",
+    "still gets a gradient, as there. The paper itself could not be read here: the formulas are its code's.",
     "tequila": "Nothing is learned beside the weights: the bias Σ_D follows from them, and an export holds "
     "it as an ordinary bias (with `quant.granularity=matrix`, see above). λ = .001 is a constant here (`quant.deadzone_bias`). Its code "
     "(`ultraquantv2`, compared by hand): in fp32 codes equal, y, dx and dw within 3e-7; it quantizes bf16 "

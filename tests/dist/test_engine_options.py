@@ -109,8 +109,8 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(world_of: Callable[[int]
     cfg = tiny_config(1, "fp32", train={"global_batch_size": 9, "micro_batch_size": 3})
     for message in world_of(2).run(build, cfg):
         assert message == (
-            "train.global_batch_size=9 is not a multiple of train.micro_batch_size=3 x "
-            "world_size=2; use a global batch of 6 or 12, or another number of ranks"
+            "train.global_batch_size=9 is not a multiple of train.micro_batch_size=3 x 2 "
+            "data-parallel ranks (world_size=2); use a global batch of 6 or 12, or another number of ranks"
         )
 
 
@@ -118,7 +118,7 @@ def test_the_train_command_refuses_it_before_anything_is_started(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")  # as a launcher of 3 ranks sets it
-    with pytest.raises(ConfigError, match="world_size=3; use a global batch of 6 or 9, or another"):
+    with pytest.raises(ConfigError, match="3 data-parallel ranks .world_size=3.; use a global batch of 6"):
         train_command(tiny_config(1, "fp32"))
     assert not torch.distributed.is_initialized()
 
