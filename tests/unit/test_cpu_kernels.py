@@ -4,7 +4,6 @@ Shapes: T tokens, D inputs, F outputs.
 """
 
 import logging
-import platform
 import re
 import shutil
 import stat
@@ -213,10 +212,11 @@ def test_norm_where_torch_sums_in_another_order(
 
 @pytest.mark.parametrize("D", [*range(1, 70), 127, 511, 512, 2049, 16_384, 32_767])
 def test_norm_sums_squares_in_torch_order(cpu: kernels.Kernels, D: int) -> None:
-    x_TD = gaussian(3, D, seed=D) * torch.logspace(-3, 3, D)
+    x_TD = gaussian(30, D, seed=D) * torch.logspace(-3, 3, D)
     got = cpu.rms_norm_quantize_rows(x_TD, None, 1e-6, EPS).rstd_T1
     assert_same(got, plain.rms_norm_quantize_rows(x_TD, None, 1e-6, EPS).rstd_T1)
-    assert cpu_rows._sums_as_torch() or platform.machine() != "x86_64", "rows are read twice"
+    is_usual = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    assert cpu_rows._sums_as_torch() or not is_usual, "every norm takes torch's passes"
 
 
 @pytest.mark.parametrize("name", HARD_ROWS)
@@ -332,6 +332,28 @@ def test_non_finite_and_tiny_gradients_surface(cpu: kernels.Kernels, bits: Gradi
     )
     assert_same(got, want)
     assert got[3].isnan().all() and not got[4].isfinite().any() and got[5:].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_in_many_blocks(
+    cpu: kernels.Kernels, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bits: GradientBits
+) -> None:
+    monkeypatch.setattr(cpu_gemm, "_BLOCK_BYTES", 0)
+    monkeypatch.setattr(cpu_gemm, "_MIN_BLOCK_ROWS", 72)
+    x, weight, grad_TF = operands(200, 50, 230, dtype)
+    main_grads = [torch.ones(230, 50), torch.ones(230, 50)]
+    got, want = (
+        [
+            table.integer_linear(x, weight, None, dtype),
+            table.input_grad(grad_TF, weight, bits),
+            table.weight_grad(grad_TF, x, dtype, None, bits),
+            table.weight_grad(grad_TF, x, dtype, main_grad_FD, bits),
+        ]
+        for table, main_grad_FD in zip((cpu, plain.KERNELS), main_grads, strict=True)
+    )
+    for ours, theirs in zip(got, want, strict=True):
+        assert_same(ours, theirs)
 
 
 def test_integer_gradients_do_not_depend_on_threads(cpu: kernels.Kernels, threads: int) -> None:
@@ -456,13 +478,22 @@ def test_empty_batch(cpu: kernels.Kernels, bits: GradientBits) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("strength", [0.1, 0.5, 0.9, 1.0])
 def test_blends(cpu: kernels.Kernels, strength: float, dtype: torch.dtype) -> None:
+    """Bit for bit at λ = 1; between, torch may or may not fuse a multiplication and an addition."""
     t = gaussian(37, 900, seed=4, dtype=dtype)
-    for measure in MEASURES:
-        got = cpu.blend_weight(t, measure, EPS, strength)
-        assert_same(got, plain.blend_weight(t, measure, EPS, strength))
-    got = cpu.blend_rows(among_nans(t), EPS, strength)
-    assert_same(got, plain.blend_rows(t, EPS, strength))
-    assert not torch.equal(got, t)
+    tolerance = {torch.float32: 1e-7, torch.bfloat16: 1e-3, torch.float16: 1e-4}[dtype]
+    pairs = [
+        (
+            cpu.blend_weight(t, measure, EPS, strength),
+            plain.blend_weight(t, measure, EPS, strength),
+        )
+        for measure in MEASURES
+    ]
+    pairs.append((cpu.blend_rows(among_nans(t), EPS, strength), plain.blend_rows(t, EPS, strength)))
+    for got, want in pairs:
+        if strength == 1.0:
+            assert_same(got, want)
+        assert got.dtype == dtype and not torch.equal(got, t)
+        assert error(got, want.double()) <= tolerance * float(want.double().norm())
 
 
 def test_blends_of_non_finite_values(cpu: kernels.Kernels) -> None:

@@ -175,6 +175,11 @@ static inline float sum_of_squares(const float *restrict x, int64_t n) {
     enum { LEVELS = 4, lanes = 8, width = 4 * lanes };
     float sums[LEVELS][width] = {{0}}, total = 0.0f;
     int64_t rows = n / width, vectors = n / lanes, row = 0;
+    if (n < lanes) { /* four scalars side by side */
+        for (int64_t i = 0; i < n; i++) sums[0][i < n / 4 * 4 ? i : 0] += x[i] * x[i];
+        for (int i = 0; i < 4; i++) total += sums[0][i];
+        return total;
+    }
     while (row < rows) {
         int64_t end = row + 16 < rows ? row + 16 : rows;
         int is_whole = row + 16 <= rows;
