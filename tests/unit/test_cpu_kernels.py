@@ -32,7 +32,14 @@ from torch import Tensor
 
 from bitscale.errors import KernelUnavailable
 from bitscale.quant import kernels
-from bitscale.quant.kernels import cpu_library, get_kernels, plain, plain_backward
+from bitscale.quant.kernels import (
+    cpu_gemm,
+    cpu_library,
+    cpu_rows,
+    get_kernels,
+    plain,
+    plain_backward,
+)
 from bitscale.quant.kernels.linear import rms_norm_rows, ternary_linear
 from bitscale.quant.kernels.table import GradientBits, Measure
 from bitscale.quant.reference import Int8Rows, Ternary
@@ -191,6 +198,27 @@ def test_norm_of_several_chunks_and_leading_shape(cpu: kernels.Kernels, threads:
         assert_same(ours, theirs)
 
 
+def test_norm_where_torch_sums_in_another_order(
+    cpu: kernels.Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then rstd is torch's own; where it sums as cpu_rows.c does, a row is read once."""
+    monkeypatch.setattr(cpu_rows, "_sums_as_torch", lambda: False)
+    x_TD, weight_D = gaussian(2, 40, 129, seed=1, dtype=torch.bfloat16), gaussian(129, seed=2)
+    got = cpu.rms_norm_quantize_rows(x_TD, weight_D, 1e-6, EPS)
+    want = plain.rms_norm_quantize_rows(x_TD, weight_D, 1e-6, EPS)
+    for ours, theirs in zip(got, want, strict=True):
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("D", [*range(1, 70), 127, 511, 512, 2049, 16_384, 32_767])
+def test_norm_sums_squares_in_torch_order(cpu: kernels.Kernels, D: int) -> None:
+    x_TD = gaussian(30, D, seed=D) * torch.logspace(-3, 3, D)
+    got = cpu.rms_norm_quantize_rows(x_TD, None, 1e-6, EPS).rstd_T1
+    assert_same(got, plain.rms_norm_quantize_rows(x_TD, None, 1e-6, EPS).rstd_T1)
+    is_usual = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    assert cpu_rows._sums_as_torch() or not is_usual, "every norm takes torch's passes"
+
+
 @pytest.mark.parametrize("name", HARD_ROWS)
 def test_norm_of_hard_values(cpu: kernels.Kernels, name: str) -> None:
     got = cpu.rms_norm_quantize_rows(HARD_ROWS[name], None, 1e-5, EPS)
@@ -306,6 +334,28 @@ def test_non_finite_and_tiny_gradients_surface(cpu: kernels.Kernels, bits: Gradi
     assert got[3].isnan().all() and not got[4].isfinite().any() and got[5:].isfinite().all()
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_in_many_blocks(
+    cpu: kernels.Kernels, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bits: GradientBits
+) -> None:
+    monkeypatch.setattr(cpu_gemm, "_BLOCK_BYTES", 0)
+    monkeypatch.setattr(cpu_gemm, "_MIN_BLOCK_ROWS", 72)
+    x, weight, grad_TF = operands(200, 50, 230, dtype)
+    main_grads = [torch.ones(230, 50), torch.ones(230, 50)]
+    got, want = (
+        [
+            table.integer_linear(x, weight, None, dtype),
+            table.input_grad(grad_TF, weight, bits),
+            table.weight_grad(grad_TF, x, dtype, None, bits),
+            table.weight_grad(grad_TF, x, dtype, main_grad_FD, bits),
+        ]
+        for table, main_grad_FD in zip((cpu, plain.KERNELS), main_grads, strict=True)
+    )
+    for ours, theirs in zip(got, want, strict=True):
+        assert_same(ours, theirs)
+
+
 def test_integer_gradients_do_not_depend_on_threads(cpu: kernels.Kernels, threads: int) -> None:
     x, weight, grad_TF = operands(530, 300, 260, torch.float32)
     assert_same(cpu.input_grad(grad_TF, weight, 8), plain_backward.input_grad(grad_TF, weight, 8))
@@ -330,6 +380,58 @@ def test_floating_gradients(
         naive_FD = (grad_TF.to(out).T @ x_hat_TD.to(out)).to(out)
         assert got_FD.dtype == out
         assert error(got_FD, exact_FD) <= 2 * error(naive_FD, exact_FD) + 1e-12
+
+
+@pytest.fixture(params=["torch", "cpu_gemm.c"])
+def fp32_product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the two products, whichever this processor would take."""
+    if request.param == "cpu_gemm.c" and not cpu_library.load().multiplies_fp32():
+        pytest.skip("cpu_gemm.c multiplies fp32 with AVX-512 only")
+    monkeypatch.setattr(cpu_gemm, "multiplies_fp32", lambda: request.param == "cpu_gemm.c")
+
+
+@pytest.mark.usefixtures("fp32_product")
+@pytest.mark.parametrize(
+    ("T", "D", "F"), [*SHAPES, (1, 40, 1), (13, 33, 1025), (1100, 97, 250), (97, 500, 513)]
+)
+def test_fp32_products_of_integers_are_exact(
+    cpu: kernels.Kernels, threads: int, T: int, D: int, F: int
+) -> None:
+    """Sums below 2^24 hide nothing: a lost or doubled row, column or term shows."""
+    x, weight, grad_TF = operands(T, D, F, torch.float32)
+    grad_TF = (30 * grad_TF).round()
+    x, weight = Int8Rows(x.codes_TD, torch.ones(T, 1)), Ternary(weight.codes_FD, torch.tensor(0.5))
+    got = cpu.input_grad(among_nans(grad_TF), weight, None)
+    assert_same(got, ((grad_TF.double() @ weight.codes_FD.double()) / 2).float())
+    got = cpu.weight_grad(among_nans(grad_TF), x, torch.float32, None, None)
+    assert_same(got, (grad_TF.double().T @ x.codes_TD.double()).float())
+
+
+@pytest.mark.usefixtures("fp32_product")
+def test_fp32_products_are_as_exact_as_torch(cpu: kernels.Kernels) -> None:
+    x, weight, grad_TF = operands(1000, 200, 1100, torch.float32)
+    w_FD, x_hat_TD = (codes.float() * scale for codes, scale in (weight, x))
+    exact_TD, exact_FD = grad_TF.double() @ w_FD.double(), grad_TF.double().T @ x_hat_TD.double()
+    got_TD = cpu.input_grad(grad_TF, weight, None)
+    assert error(got_TD, exact_TD) <= 1.05 * error(grad_TF @ w_FD, exact_TD)
+    got_FD = cpu.weight_grad(grad_TF, x, torch.float32, None, None)
+    assert error(got_FD, exact_FD) <= 1.05 * error(grad_TF.T @ x_hat_TD, exact_FD)
+
+
+@pytest.mark.usefixtures("fp32_product")
+def test_non_finite_values_surface_in_fp32_products(cpu: kernels.Kernels) -> None:
+    x, weight, grad_TF = operands(50, 40, 70, torch.float32)
+    grad_TF[1, 3], grad_TF[2, 4], x.scale_T1[5] = NAN, INF, INF
+    for got, want in (
+        (table.input_grad(grad_TF, weight, None) for table in (cpu, plain.KERNELS)),
+        (
+            table.weight_grad(grad_TF, x, torch.float32, None, None)
+            for table in (cpu, plain.KERNELS)
+        ),
+    ):
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got.isinf(), want.isinf())
+        assert got.isnan().any()
 
 
 def test_24_bits_are_as_exact_as_fp32(cpu: kernels.Kernels) -> None:
@@ -376,13 +478,22 @@ def test_empty_batch(cpu: kernels.Kernels, bits: GradientBits) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("strength", [0.1, 0.5, 0.9, 1.0])
 def test_blends(cpu: kernels.Kernels, strength: float, dtype: torch.dtype) -> None:
+    """Bit for bit at λ = 1; between, torch may or may not fuse a multiplication and an addition."""
     t = gaussian(37, 900, seed=4, dtype=dtype)
-    for measure in MEASURES:
-        got = cpu.blend_weight(t, measure, EPS, strength)
-        assert_same(got, plain.blend_weight(t, measure, EPS, strength))
-    got = cpu.blend_rows(among_nans(t), EPS, strength)
-    assert_same(got, plain.blend_rows(t, EPS, strength))
-    assert not torch.equal(got, t)
+    tolerance = {torch.float32: 1e-7, torch.bfloat16: 1e-3, torch.float16: 1e-4}[dtype]
+    pairs = [
+        (
+            cpu.blend_weight(t, measure, EPS, strength),
+            plain.blend_weight(t, measure, EPS, strength),
+        )
+        for measure in MEASURES
+    ]
+    pairs.append((cpu.blend_rows(among_nans(t), EPS, strength), plain.blend_rows(t, EPS, strength)))
+    for got, want in pairs:
+        if strength == 1.0:
+            assert_same(got, want)
+        assert got.dtype == dtype and not torch.equal(got, t)
+        assert error(got, want.double()) <= tolerance * float(want.double().norm())
 
 
 def test_blends_of_non_finite_values(cpu: kernels.Kernels) -> None:
@@ -518,7 +629,7 @@ def test_compiler_that_fails(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("CC", str(compiler))
     with pytest.raises(
         KernelUnavailable,
-        match=r"^quant.kernel='cpu': .*/fakecc could not compile cpu.c \(x.c:1:1: error: no "
+        match=r"^quant.kernel='cpu': .*/fakecc could not compile its C files \(x.c:1:1: error: no "
         r"memory\); set CC to another compiler, or use 'reference'$",
     ):
         get_kernels("cpu", "cpu")

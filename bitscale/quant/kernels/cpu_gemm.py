@@ -1,4 +1,4 @@
-"""The three matrix products of `kernel: cpu`: torch's int8 product (oneDNN), the rest in C (cpu.c).
+"""The three matrix products of `kernel: cpu`: torch's int8 product, the rest in C (cpu_gemm.c).
 
 A product is taken in blocks of rows, whose int32 sums are scaled and rounded before the next block:
 in place if the result is fp32, else from a buffer that every block reuses. Every function is an
@@ -10,7 +10,17 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from bitscale.quant.kernels.cpu_library import STRIPE, empty, launch, matrix, rows_of
+from bitscale.quant.kernels.cpu_library import (
+    BLOCK_ROWS,
+    MULTIPLY_SCRATCH,
+    STRIPE,
+    TILE_COLUMNS,
+    empty,
+    launch,
+    matrix,
+    multiplies_fp32,
+    rows_of,
+)
 from bitscale.quant.kernels.plain_backward import CHUNK_TOKENS, SMALLEST_PEAK
 from bitscale.quant.kernels.table import GradientBits
 from bitscale.quant.reference import Int8Rows, Ternary
@@ -96,11 +106,12 @@ def _(
 @torch.library.custom_op("bitscale_cpu::input_grad", mutates_args=())
 def _input_grad(grad_TF: Tensor, w_FD: Tensor, scale: Tensor, bits: int | None) -> Tensor:
     g_TF = rows_of(grad_TF)
-    if bits is None:
-        product = _product_dtype(g_TF.dtype, g_TF.dtype)
-        grad_TD = (g_TF.to(product) @ w_FD.to(product)).mul_(scale).to(grad_TF.dtype)
-    else:
+    if bits is not None:
         grad_TD = _integer_input_grad(g_TF, w_FD, scale, bits // 8)
+    elif _multiplies_bf16(g_TF.dtype, g_TF.dtype):
+        grad_TD = (g_TF @ w_FD.to(torch.bfloat16)).mul_(scale)
+    else:
+        grad_TD = _float_product(g_TF.float(), w_FD, scale=scale).to(grad_TF.dtype)
     return grad_TD.view(*grad_TF.shape[:-1], w_FD.shape[1])
 
 
@@ -180,13 +191,9 @@ def _(
 
 
 def _float_weight_grad(g_TF: Tensor, x_TD: Tensor, r_T: Tensor, dtype: torch.dtype) -> Tensor:
-    product = _product_dtype(g_TF.dtype, dtype)
-    x_hat_TD = empty(*x_TD.shape, dtype=product)
-    launch(
-        "dequantize_row", x_TD.shape[0], x_TD.shape[1], codes=x_TD, codes_stride=x_TD.stride(0),
-        row_scale=r_T, columns=x_TD.shape[1], out=matrix(x_hat_TD),
-    )  # fmt: skip
-    return (g_TF.to(product).T @ x_hat_TD).to(dtype)
+    if _multiplies_bf16(g_TF.dtype, dtype):
+        return g_TF.T @ _dequantized(x_TD, r_T, torch.bfloat16)
+    return _float_product(g_TF.float().T, x_TD, row_scale=r_T).to(dtype)
 
 
 def _integer_weight_grad(
@@ -250,15 +257,53 @@ def _scale_sums(
     launch(
         "scale_sums", rows, 2 * columns, sums=sums, planes=planes, out=matrix(out),
         row_scale=row_scale, scale=scale, vector=vector, rows=rows, columns=columns,
-        adds=int(adds),
+        flag=int(adds),
     )  # fmt: skip
 
 
-def _product_dtype(gradient: torch.dtype, result: torch.dtype) -> torch.dtype:
-    """bf16 where gradient and result are and the processor multiplies it; else fp32."""
-    both = gradient == result == torch.bfloat16
-    return torch.bfloat16 if both and _multiplies_bf16() else torch.float32
+# --- Floating point ---
 
 
-def _multiplies_bf16() -> bool:
+def _float_product(
+    a: Tensor, codes: Tensor, *, row_scale: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    """fp32 a [M, K] @ (codes [K, N] · row_scale [K]) · scale; `a` or its transpose has rows."""
+    (M, K), N = a.shape, codes.shape[1]
+    out = empty(M, N, dtype=torch.float32)
+    if not (multiplies_fp32() and K):
+        torch.mm(a, _dequantized(codes, row_scale, torch.float32), out=out)
+        return out if scale is None else out.mul_(scale)
+    codes = codes.contiguous()
+    panels = -(-N // TILE_COLUMNS)
+    packed = empty(panels * K * TILE_COLUMNS, dtype=torch.float32)
+    launch(
+        "pack_panel", panels, 1, other=matrix(packed), codes=codes, codes_stride=N,
+        row_scale=row_scale, columns=N, width=K,
+    )  # fmt: skip
+    is_transposed = a.stride(1) != 1
+    launch(
+        "multiply_rows", -(-M // BLOCK_ROWS), MULTIPLY_SCRATCH, other=matrix(packed),
+        out=matrix(out), scale=scale, rows=M, columns=N, width=K, flag=int(is_transposed),
+        **{"in": matrix(a.T if is_transposed else a)},
+    )  # fmt: skip
+    return out
+
+
+def _dequantized(codes: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """codes · row_scale."""
+    values = empty(*codes.shape, dtype=dtype)
+    if row_scale is None:
+        return values.copy_(codes)
+    launch(
+        "dequantize_row", codes.shape[0], codes.shape[1], codes=codes,
+        codes_stride=codes.stride(0), row_scale=row_scale, columns=codes.shape[1],
+        out=matrix(values),
+    )  # fmt: skip
+    return values
+
+
+def _multiplies_bf16(gradient: torch.dtype, result: torch.dtype) -> bool:
+    """Whether gradient and result are bf16 and the processor multiplies it."""
+    if not gradient == result == torch.bfloat16:
+        return False
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

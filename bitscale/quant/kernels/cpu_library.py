@@ -1,4 +1,4 @@
-"""Compiles cpu.c when it is first needed, loads it, and launches its kernels on torch's threads.
+"""Compiles cpu_*.c when they are first needed, loads them, and launches their kernels.
 
 The library lies in $XDG_CACHE_HOME/bitscale (~/.cache/bitscale), under a name made from all that
 it depends on: source, flags, compiler, processor.
@@ -22,23 +22,27 @@ from torch import Tensor
 
 from bitscale.errors import KernelUnavailable
 
-_SOURCE = Path(__file__).with_name("cpu.c")
-# No -ffast-math and no contraction to fused multiply-add: cpu.c says why.
+_HEADER, *_SOURCES = (
+    Path(__file__).with_name(name) for name in ("cpu.h", "cpu_rows.c", "cpu_gemm.c")
+)
+# No -ffast-math and no contraction to fused multiply-add: cpu.h says why.
 _FLAGS = (
     "-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno",
     "-fno-trapping-math", "-fPIC", "-shared",
 )  # fmt: skip
 _COMPILERS = ("cc", "gcc", "clang")
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Mirrors cpu.c.
+# Mirrors the C files.
 WEIGHTS_PER_BLOCK, TILE, STRIPE, BINS = 16384, 2048, 64, 65536
+_TILE_ROWS, TILE_COLUMNS, _DEPTH, BLOCK_ROWS = 12, 32, 512, 96
+MULTIPLY_SCRATCH = _TILE_ROWS * TILE_COLUMNS + BLOCK_ROWS * _DEPTH
 _HUGE_PAGE = 2 * 2**20
 _ADVISED_BYTES = 2 * _HUGE_PAGE
 _BLOCKS_PER_THREAD = 8  # so that a thread that started late does not hold up the others
 
 
 class Matrix(ctypes.Structure):
-    """Mirrors `Matrix` of cpu.c."""
+    """Mirrors `Matrix` of cpu.h."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -48,18 +52,16 @@ class Matrix(ctypes.Structure):
 
 
 class Launch(ctypes.Structure):
-    """Mirrors `Launch` of cpu.c, field by field."""
+    """Mirrors `Launch` of cpu.h, field by field."""
 
     _fields_ = (
         *((name, Matrix) for name in ("in", "other", "out")),
         *((name, ctypes.c_void_p) for name in ("vector", "codes")),
         *((name, ctypes.c_int64) for name in ("codes_stride", "plane_stride")),
         *((name, ctypes.c_void_p) for name in ("sums", "row_scale", "scale", "rstd", "partial")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("rows", "columns", "first", "width", "planes", "normed_dtype", "adds")
-        ),
-        *((name, ctypes.c_float) for name in ("eps", "strength")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "first", "width", "planes")),
+        *((name, ctypes.c_int64) for name in ("normed_dtype", "flag")),
+        *((name, ctypes.c_float) for name in ("eps", "norm_eps", "strength")),
     )
 
 
@@ -70,7 +72,7 @@ def matrix(t: Tensor) -> Matrix:
 
 
 def dtype_number(dtype: torch.dtype) -> int:
-    """cpu.c's name of a dtype. Raises KernelUnavailable if it has none."""
+    """cpu.h's name of a dtype. Raises KernelUnavailable if it has none."""
     number = _DTYPE.get(dtype)
     if number is None:
         raise KernelUnavailable(
@@ -110,7 +112,7 @@ def _libc() -> ctypes.CDLL:
 def launch(
     kernel: str, blocks: int, scratch: int, **fields: Tensor | Matrix | int | float | None
 ) -> None:
-    """Runs `kernel` of cpu.c for each of `blocks`, with `scratch` floats for each thread.
+    """Runs a kernel of the C files for each of `blocks`, with `scratch` floats for each thread.
 
     `fields` fill the launch; a tensor gives its address. Waits for the end.
     """
@@ -140,7 +142,7 @@ def load() -> ctypes.CDLL:
     """
     library = ctypes.CDLL(str(_build()))
     library.size_of_launch.restype = ctypes.c_int64
-    assert library.size_of_launch() == ctypes.sizeof(Launch), "cpu.c and Launch differ"
+    assert library.size_of_launch() == ctypes.sizeof(Launch), "cpu.h and Launch differ"
     library.launch.argtypes = (
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64,
         ctypes.c_void_p, ctypes.c_int,
@@ -149,6 +151,15 @@ def load() -> ctypes.CDLL:
     _parallel()
     _check_integer_product()
     return library
+
+
+@cache
+def multiplies_fp32() -> bool:
+    """Whether fp32 is multiplied by cpu_gemm.c and not by torch's library.
+
+    Torch's is MKL, which runs its AVX2 kernels where the processor is not Intel's.
+    """
+    return bool(load().multiplies_fp32()) and "GenuineIntel" not in _processor()
 
 
 def _build() -> Path:
@@ -190,13 +201,13 @@ def _find_compiler() -> list[str]:
 
 
 def _compile(compiler: Sequence[str], path: Path) -> None:
-    command = [*compiler, *_FLAGS, "-o", str(path), str(_SOURCE), "-lm"]
+    command = [*compiler, *_FLAGS, "-o", str(path), *map(str, _SOURCES), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line]
         reason = (lines or done.stderr.splitlines() or [f"exit code {done.returncode}"])[0]
         raise KernelUnavailable(
-            f"quant.kernel='cpu': {compiler[0]} could not compile cpu.c ({reason.strip()}); "
+            f"quant.kernel='cpu': {compiler[0]} could not compile its C files ({reason.strip()}); "
             "set CC to another compiler, or use 'reference'"
         )
 
@@ -205,7 +216,8 @@ def _fingerprint(compiler: Sequence[str]) -> str:
     version = subprocess.run(
         [*compiler, "--version"], capture_output=True, text=True, check=False
     ).stdout
-    parts = (_SOURCE.read_text(), *_FLAGS, *compiler, version, _processor())
+    sources = [path.read_text() for path in (_HEADER, *_SOURCES)]
+    parts = (*sources, *_FLAGS, *compiler, version, _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -1,9 +1,10 @@
-"""Codes, norms and blends of `kernel: cpu`: one pass in C (cpu.c) over rows or weights.
+"""Codes, norms and blends of `kernel: cpu`: one pass in C (cpu_rows.c) over rows or weights.
 
 Every function is an operator of torch.library: torch.compile keeps it whole, without a break in
 its graph. Shapes: T tokens, D inputs, F outputs of a linear layer, N = F·D weights.
 """
 
+from functools import cache
 from typing import cast
 
 import torch
@@ -22,8 +23,7 @@ from bitscale.quant.kernels.cpu_library import (
 from bitscale.quant.kernels.table import Measure, NormedRows
 from bitscale.quant.reference import Int8Rows, Ternary
 
-_SQUARES = 262_144  # fp32 squares of x at a time: 1 MiB, which stays in the cache
-# From so many inputs on, torch sums a single row in two halves: chunks would change the order.
+# From so many inputs on, torch sums a single row in parts, one a thread.
 _TWO_PASS_SUM = 32_768
 _NORM_BLOCKS = 64  # partial sums of the norm's gradient, whatever the number of threads
 
@@ -51,7 +51,7 @@ def blend_rows(x_TD: Tensor, eps: float, strength: float) -> Tensor:
 def rms_norm_quantize_rows(
     x_TD: Tensor, weight_D: Tensor | None, norm_eps: float, eps: float
 ) -> NormedRows:
-    """Twin of `plain.rms_norm_quantize_rows`; rstd is torch's, so that the codes are equal."""
+    """Twin of `plain.rms_norm_quantize_rows`; rstd too has its bits, and so the codes."""
     weight_D = None if weight_D is None else weight_D.detach()
     return NormedRows(*_rms_norm_quantize_rows(x_TD.detach(), weight_D, norm_eps, eps))
 
@@ -122,7 +122,7 @@ def _median_magnitude(w_FD: Tensor) -> Tensor:
 
 
 def _count_magnitudes(w_FD: Tensor, upper: int) -> Tensor:
-    """Numbers of |w| in the bins up to each of them (cpu.c: count_magnitudes)."""
+    """Numbers of |w| in the bins up to each of them (cpu_rows.c: count_magnitudes)."""
     width = -(-w_FD.numel() // torch.get_num_threads())
     blocks = -(-w_FD.numel() // width)
     counts = torch.empty(blocks, BINS, dtype=torch.int32)
@@ -163,14 +163,16 @@ def _(x_TD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _rms_norm_quantize_rows(
     x_TD: Tensor, weight_D: Tensor | None, norm_eps: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rstd_T1 = _rstd(x_TD, norm_eps)
     codes_TD, scale_T1 = _empty_rows(x_TD)
+    in_one_pass = x_TD.stride(-1) == 1 and x_TD.shape[-1] < _TWO_PASS_SUM and _sums_as_torch()
+    rstd_T1 = torch.empty_like(scale_T1) if in_one_pass else plain_rstd(x_TD, norm_eps)
     normed_dtype = x_TD.dtype
     if weight_D is not None:
         normed_dtype = torch.promote_types(x_TD.dtype, weight_D.dtype)
     _launch_rows(
         "quantize_row", rows_of(x_TD), 2, codes=codes_TD, row_scale=scale_T1, rstd=rstd_T1,
         vector=_vector(weight_D), normed_dtype=dtype_number(normed_dtype), eps=eps,
+        norm_eps=norm_eps, flag=int(in_one_pass),
     )  # fmt: skip
     return codes_TD, scale_T1, rstd_T1
 
@@ -183,26 +185,30 @@ def _(
     return codes_TD, scale_T1, torch.empty_like(scale_T1)
 
 
-def _rstd(x_TD: Tensor, norm_eps: float) -> Tensor:
-    """1 / sqrt(mean x² + eps) by the operations of plain.py, on rows that stay in the cache."""
-    D = x_TD.shape[-1]
-    if x_TD.stride(-1) != 1 or D >= _TWO_PASS_SUM:  # another layout is another order of summation
-        mean_T1 = x_TD.float().square().mean(dim=-1, keepdim=True)
-        return torch.rsqrt(mean_T1 + norm_eps).contiguous()
-    rows_TD = rows_of(x_TD)
-    T = rows_TD.shape[0]
-    mean_T1 = torch.empty(T, 1)
-    chunk = min(T, max(1, _SQUARES // max(1, D)))
-    squares_TD = torch.empty(chunk, D)
-    for first in range(0, T, max(1, chunk)):
-        x, mean = rows_TD[first : first + chunk], mean_T1[first : first + chunk]
-        squares = squares_TD[: len(x)]
-        if x.dtype == torch.float32:
-            torch.square(x, out=squares)
-        else:
-            squares.copy_(x).square_()
-        torch.mean(squares, dim=-1, keepdim=True, out=mean)
-    return mean_T1.add_(norm_eps).rsqrt_().view(*x_TD.shape[:-1], 1)
+def plain_rstd(x_TD: Tensor, norm_eps: float) -> Tensor:
+    """1 / sqrt(mean x² + eps) [T, 1] by the operations of plain.py."""
+    mean_T1 = x_TD.float().square().mean(dim=-1, keepdim=True)
+    return torch.rsqrt(mean_T1 + norm_eps).contiguous()
+
+
+@cache
+def _sums_as_torch() -> bool:
+    """Whether cpu_rows.c adds squares in the order of this torch on this processor.
+
+    Otherwise a norm needs passes of its own for rstd, as its codes must be plain.py's.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for D in (1, 4, 5, 6, 7, 60, 1000, 4096, 20_011):
+        x_TD = torch.randn(8, D, generator=generator)
+        codes_TD, scale_T1 = _empty_rows(x_TD)
+        rstd_T1 = torch.empty_like(scale_T1)
+        _launch_rows(
+            "quantize_row", x_TD, 2, codes=codes_TD, row_scale=scale_T1, rstd=rstd_T1, flag=1,
+            eps=1e-5, norm_eps=1e-6,
+        )  # fmt: skip
+        if not torch.equal(rstd_T1, plain_rstd(x_TD, 1e-6)):
+            return False
+    return True
 
 
 @torch.library.custom_op("bitscale_cpu::rms_norm_grad", mutates_args=())
