@@ -229,6 +229,12 @@ def block_saved_bytes(m: ModelConfig, at: Setting) -> dict[str, float]:
     return saved
 
 
+def block_workspace_bytes(m: ModelConfig, at: Setting) -> float:
+    """Bytes per token of gradients within a block's backward pass, at most: those of a gated
+    feed-forward's output, product and both factors."""
+    return 4.0 * at.bytes * shard(m, at.tp).f
+
+
 def checkpoint_bytes(m: ModelConfig, at: Setting) -> float:
     """Bytes per token that a checkpointed block keeps: its input."""
     return at.residual_share * at.bytes * m.d_model

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from bitscale.model import cost
 from bitscale.model.cost import Phase
 from bitscale.plan.layout import Layout, Stage, zero_option
-from bitscale.plan.zero3 import Gathered, Use, gathered
+from bitscale.plan.zero3 import VISIT, Gathered, Use, gathered
 
 PARTS = (
     "weights",
@@ -32,15 +32,41 @@ _UNREDUCED_ELEMENTS = 500_000_000  # what BF16_Optimizer and stage 0 put into on
 class Memory:
     """Bytes of one rank."""
 
-    parts: dict[str, float]  # PARTS, all there during the backward pass
-    activations: dict[str, float]  # by kind
-    logits: float  # log-softmax, and the gradients at the start of the backward pass
-    reduction_copy: float  # after the backward pass, when the activations have gone
+    parts: dict[str, float]  # PARTS
+    activations: dict[str, float]  # by kind, at the start of a backward pass
+    logits: float  # log-softmax and the gradients of the loss, at the same moment
+    block: float  # of one block of one micro-batch: what it saves, and gradients within it
+    checkpointed: bool  # such a block is then recomputed beside the layers' inputs
+    passing_gradients: float  # of `parts`: those that exist only from backward pass to update
+    other_passes: float  # of `activations`: of micro-batches whose backward pass is yet to come
+    reduction_copy: float  # of the gradients, after the backward pass
+
+    @property
+    def moments(self) -> dict[str, float]:
+        """Bytes when a backward pass begins, in its recomputed blocks, at its end, and when
+        gradients are reduced. Between the first and the third, gradients take the place of
+        activations block by block: one of the two ends is the higher."""
+        always = sum(self.parts.values()) - self.passing_gradients
+        moments = {
+            "start of the backward pass": always + sum(self.activations.values()) + self.logits,
+            "end of the backward pass": always
+            + self.passing_gradients
+            + self.other_passes
+            + self.block,
+            "reduction of the gradients": always + self.passing_gradients + self.reduction_copy,
+        }
+        if self.checkpointed:
+            inputs = self.activations.get("layer inputs", 0.0)
+            moments["recomputation of a block"] = always + inputs + self.block
+        return moments
 
     @property
     def peak(self) -> float:
-        in_backward = sum(self.activations.values()) + self.logits
-        return sum(self.parts.values()) + max(in_backward, self.reduction_copy)
+        return max(self.moments.values())
+
+    @property
+    def peak_moment(self) -> str:
+        return max(self.moments, key=lambda name: self.moments[name])
 
 
 def memory(layout: Layout, stage: Stage, phase: Phase) -> Memory:
@@ -69,16 +95,25 @@ def memory(layout: Layout, stage: Stage, phase: Phase) -> Memory:
         "communication buffers": _buffers(layout, stage, phase, num_elements),
     }
     flat_copy = zero == 0 or (zero == 1 and b == 2)
-    return Memory(
-        parts=parts,
-        activations=_activations(layout, stage, phase),
-        logits=layout.micro_batch_tokens
-        * (
+    logits = 0.0
+    if stage.has_head:
+        logits = layout.micro_batch_tokens * (
             cost.head_saved_bytes(cfg.model, at)["logits"]
             + cost.loss_workspace_bytes(cfg.model, layout.tp)
         )
-        if stage.has_head
-        else 0.0,
+    activations = _activations(layout, stage, phase)
+    block = layout.micro_batch_tokens * (
+        sum(cost.block_saved_bytes(cfg.model, at).values())
+        + cost.block_workspace_bytes(cfg.model, at)
+    )
+    return Memory(
+        parts=parts,
+        activations=activations,
+        logits=logits,
+        block=block,
+        checkpointed=cfg.train.activation_checkpointing,
+        passing_gradients=parts["gradients"] if b == 2 else 0.0,
+        other_passes=sum(activations.values()) * (stage.in_flight - 1) / stage.in_flight,
         # More than so many elements in one tensor are reduced in place.
         reduction_copy=4.0 * num_elements
         if flat_copy and num_elements <= _UNREDUCED_ELEMENTS
@@ -106,19 +141,18 @@ def gathered_weights(layout: Layout, stage: Stage) -> Gathered:
     cfg = layout.cfg
     threshold = zero_option(cfg, "stage3_param_persistence_threshold")
     held = layout.parameters(stage)
-    sizes = [
-        (matrix.name, matrix.numel)
+    sizes = {
+        matrix.name: matrix.numel
         for matrix in cost.block_matrices(cfg.model, layout.tp)
         if matrix.numel > threshold
-    ]
+    }
     first = [Use("embedding", held.embedding)] if held.embedding > threshold else []
     last = [Use("head", held.head)] if held.head > threshold else []
     if stage.has_head and not held.head:
         last = list(first)
-    blocks = [
-        [Use((index, name), numel) for name, numel in sizes] for index in range(stage.num_layers)
-    ]
-    uses = [*first, *(use for block in blocks for use in block), *last, *last]
+    blocks = [_block_uses(index, sizes) for index in range(stage.num_layers)]
+    uses = [VISIT, *first, VISIT, *(use for block in blocks for use in block)]
+    uses += [VISIT, *last, *last, VISIT]
     for block in reversed(blocks):
         if cfg.train.activation_checkpointing:
             # Recomputation ends inside the last layer, which so keeps its weight.
@@ -132,6 +166,12 @@ def gathered_weights(layout: Layout, stage: Stage) -> Gathered:
     )
 
 
+def _block_uses(index: int, sizes: dict[str, int]) -> list[Use]:
+    """The modules of a block in the order in which they run; containers and norms only visit."""
+    order = ("", "", "", "q", "k", "v", "o", "", "", "up", "gate", "down")
+    return [Use((index, name), sizes[name]) if name in sizes else VISIT for name in order]
+
+
 def _copies(layout: Layout, stage: Stage, phase: Phase) -> float:
     """Codes and blended or dequantized weights: made once a step, or by each forward pass and
     kept for its backward pass."""
@@ -143,7 +183,7 @@ def _copies(layout: Layout, stage: Stage, phase: Phase) -> float:
     a_pass = cost.weight_copy_bytes(phase, layout.way, b) - a_step
     if cfg.engine.zero_stage == 3 or layout.spec.weight.rounding == "stochastic":
         a_step, a_pass = 0, a_step + a_pass
-    num_kept = stage.in_flight * stage.num_layers
+    num_kept = stage.in_flight * stage.num_layers  # blocks
     if cfg.train.activation_checkpointing:
         num_kept = 1
     bytes_ = a_step * matrices + a_pass * num_kept * matrices / max(stage.num_layers, 1)
@@ -177,25 +217,25 @@ def _buffers(layout: Layout, stage: Stage, phase: Phase, num_elements: int) -> f
 
 
 def _activations(layout: Layout, stage: Stage, phase: Phase) -> dict[str, float]:
+    """By kind, of all micro-batches in flight."""
     cfg, at = layout.cfg, layout.setting(phase)
     m, tokens = cfg.model, layout.micro_batch_tokens
-    checkpointing = cfg.train.activation_checkpointing
-    num_blocks = 1 if checkpointing else stage.num_layers * stage.in_flight
-    kinds = {
-        kind: num_blocks * per_token * tokens
-        for kind, per_token in cost.block_saved_bytes(m, at).items()
+    kept = stage.num_layers * stage.in_flight * tokens
+    if cfg.train.activation_checkpointing:
+        kinds = {"layer inputs": kept * cost.checkpoint_bytes(m, at)}
+    else:
+        kinds = {kind: kept * size for kind, size in cost.block_saved_bytes(m, at).items()}
+    others = {
+        # cos and sin of the rotary embedding, fp32.
+        "attention": 2.0 * cost.FLOAT_BYTES * cfg.data.seq_len * (m.d_model // m.num_heads)
     }
-    if checkpointing:
-        kept = stage.num_layers * stage.in_flight
-        kinds["layer inputs"] = kept * tokens * cost.checkpoint_bytes(m, at)
     if stage.has_head:
-        for kind, per_token in cost.head_saved_bytes(m, at).items():
-            if kind != "logits":
-                kinds[kind] += per_token * tokens
+        saved = cost.head_saved_bytes(m, at)
+        others |= {kind: tokens * saved[kind] for kind in saved if kind != "logits"}
     if stage.has_embedding:
-        kinds["ids"] = stage.in_flight * tokens * cost.embedding_saved_bytes()
-    # Tables of the rotary embedding: cos and sin, fp32.
-    kinds["attention"] += 2.0 * cost.FLOAT_BYTES * cfg.data.seq_len * (m.d_model // m.num_heads)
+        others["ids"] = stage.in_flight * tokens * cost.embedding_saved_bytes()
     if cfg.data.reset_attention:
-        kinds["attention masks"] += stage.in_flight * tokens * cfg.data.seq_len  # as booleans
+        others["attention masks"] = float(stage.in_flight * tokens * cfg.data.seq_len)  # booleans
+    for kind, size in others.items():
+        kinds[kind] = kinds.get(kind, 0.0) + size
     return kinds

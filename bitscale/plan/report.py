@@ -170,7 +170,7 @@ def _phase_tree(part: PhasePlan) -> dict[str, Any]:
 
 
 def _memory_tree(held: Memory) -> dict[str, Any]:
-    return asdict(held) | {"peak": held.peak}
+    return asdict(held) | {"moments": held.moments, "peak": held.peak}
 
 
 def _fullest(layout: Layout, phase: Phase) -> tuple[Stage, Memory]:

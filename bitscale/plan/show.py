@@ -110,17 +110,15 @@ def _memory_table(plan: Plan) -> list[str]:
         for kind in kinds
     ]
     rows.append(("logits", *(_gib(held.logits) for _, held in columns)))
-    rows.append(("peak", *(_gib(held.peak) for _, held in columns)))
+    rows.append(("a block in the backward pass", *(_gib(held.block) for _, held in columns)))
+    if any(held.reduction_copy for _, held in columns):
+        rows.append(("copy for the reduction", *(_gib(held.reduction_copy) for _, held in columns)))
+    rows.append(("peak, not all at once", *(_gib(held.peak) for _, held in columns)))
     lines = _table(rows)
+    lines += [f"peak in {name}: {held.peak_moment}" for name, held in columns]
     if plan.layout.pp > 1:
         stages = sorted({part.fullest.index for part in plan.phases.values()})
         lines.append(f"of stage {', '.join(str(s) for s in stages)}, the fullest")
-    copies = max(held.reduction_copy for _, held in columns)
-    if copies:
-        lines.append(
-            f"after the backward pass, {_gib(copies)} GiB more are copied for the reduction, where "
-            "activations were"
-        )
     word = "fits" if plan.fits else "does NOT fit"
     lines.append(
         f"{word}: {_gib(plan.peak_bytes)} of {_gib(plan.usable_bytes)} GiB usable "

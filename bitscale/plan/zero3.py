@@ -13,10 +13,13 @@ from typing import NamedTuple
 
 
 class Use(NamedTuple):
-    """A module reads its weight."""
+    """A module runs, and reads its weight if that is partitioned."""
 
-    weight: Hashable
+    weight: Hashable | None  # None: a module without one, at which others are prefetched too
     numel: int
+
+
+VISIT = Use(None, 0)
 
 
 class Gathered(NamedTuple):
@@ -41,7 +44,7 @@ def gathered(
     num_gathered = num_live = peak = 0
 
     for step, (weight, numel) in enumerate(uses):
-        if weight not in live:
+        if weight is not None and weight not in live:
             live.add(weight)
             num_gathered, num_live = num_gathered + numel, num_live + numel
         if queue and queue[0] == step:
@@ -53,12 +56,12 @@ def gathered(
             ahead = queue.popleft()
             other, size = uses[ahead]
             counted_until[other] = ahead
-            if other not in live:
+            if other is not None and other not in live:
                 live.add(other)
                 prefetched += size
         num_gathered, num_live = num_gathered + prefetched, num_live + prefetched
         peak = max(peak, num_live)
-        if counted_until[weight] <= step and not reused_soon[step]:
+        if weight is not None and counted_until[weight] <= step and not reused_soon[step]:
             live.remove(weight)
             num_live -= numel
     return Gathered(num_gathered, peak)
