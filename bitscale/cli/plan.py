@@ -31,7 +31,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--efficiency",
         type=float,
         metavar="X",
-        help="without --mfu: share of the bound that is reached (default 0.55)",
+        help="without --mfu: share of the bound that is reached (default 0.5)",
     )
     parser.add_argument(
         "--usable", type=float, metavar="X", help="share of the memory to fill (default 0.92)"

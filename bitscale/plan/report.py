@@ -12,9 +12,8 @@ from bitscale.plan.memory import Memory, checkpoint_bytes, memory
 from bitscale.plan.speed import Bound, StepFlops, bound, phase_steps, run_days, step_flops
 from bitscale.plan.wire import Traffic, traffic
 
-# What Megatron-LM reaches of this bound in published runs without full recomputation
-# (docs/plan.md), rounded down.
-DEFAULT_EFFICIENCY = 0.55
+# Megatron-LM's median share of this bound over 18 published A100 runs (docs/plan.md).
+DEFAULT_EFFICIENCY = 0.5
 # Left to the CUDA context, communicators and fragmentation.
 DEFAULT_USABLE = 0.92
 

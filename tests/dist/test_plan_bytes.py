@@ -47,7 +47,6 @@ CASES = {
     "stage 2, bf16": (2, "bf16", {}, True),
     "stage 3, small weights kept": (3, "bf16", {}, False),
     "stage 3, half kept": (3, "bf16", HALF_KEPT, False),
-    "stage 3, nothing kept": (3, "bf16", FORGETFUL, False),
     "stage 3, nothing kept, recomputed": (3, "bf16", FORGETFUL, True),
 }
 
