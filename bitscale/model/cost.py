@@ -75,6 +75,14 @@ class Flops(NamedTuple):
         return Flops(*(factor * part for part in self))
 
 
+class WeightCopies(NamedTuple):
+    """Bytes per weight of the blocks."""
+
+    a_step: int  # made once a step (`prepare_weights`)
+    a_pass: int  # kept from each forward to its backward pass, besides
+    unprepared: int  # kept by each pass where nothing is made once a step
+
+
 @dataclass(frozen=True)
 class Setting:
     """What the bytes saved for the backward pass depend on, besides the model."""
@@ -191,13 +199,16 @@ def recomputed_flops(
     return whole._replace(matrices=whole.matrices - 2.0 * layers * down.numel)
 
 
-def weight_copy_bytes(phase: Phase, way: Way, bytes_: int) -> int:
-    """Per weight of the blocks: codes, and what is blended or dequantized from them."""
+def weight_copies(phase: Phase, way: Way, bytes_: int) -> WeightCopies:
+    """Codes, and what is blended or dequantized from them."""
     if phase == "16 bit":
-        return 0
+        return WeightCopies(0, 0, 0)
     if way == "kernels":
-        return 1 if phase == "ternary" else bytes_
-    return 1 if phase == "ternary" and way == "integer" else 1 + bytes_
+        made = 1 if phase == "ternary" else bytes_
+        return WeightCopies(made, 0, made)
+    if way == "integer" and phase == "ternary":
+        return WeightCopies(1, 0, 1)
+    return WeightCopies(1, bytes_, bytes_)
 
 
 def block_saved_bytes(m: ModelConfig, at: Setting) -> dict[str, float]:

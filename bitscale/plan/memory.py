@@ -179,10 +179,9 @@ def _copies(layout: Layout, stage: Stage, phase: Phase) -> float:
     if phase == "16 bit":
         return 0.0
     matrices = layout.parameters(stage).matrices
-    a_step = {"kernels": b if phase == "ramp" else 1}.get(layout.way, 1)
-    a_pass = cost.weight_copy_bytes(phase, layout.way, b) - a_step
+    a_step, a_pass, unprepared = cost.weight_copies(phase, layout.way, b)
     if cfg.engine.zero_stage == 3 or layout.spec.weight.rounding == "stochastic":
-        a_step, a_pass = 0, a_step + a_pass
+        a_step, a_pass = 0, unprepared
     num_kept = stage.in_flight * stage.num_layers  # blocks
     if cfg.train.activation_checkpointing:
         num_kept = 1

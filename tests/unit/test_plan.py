@@ -46,7 +46,7 @@ class PeakBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live: dict[int, int] = {}
-        self.peak = 0
+        self.now = self.peak = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -56,9 +56,13 @@ class PeakBytes(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage._cdata not in self.live:
                 self.live[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.live.pop, storage._cdata)
-        self.peak = max(self.peak, sum(self.live.values()))
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.drop, storage._cdata)
+        self.peak = max(self.peak, self.now)
         return result
+
+    def drop(self, key: int) -> None:
+        self.now -= self.live.pop(key)
 
 
 @pytest.mark.parametrize("ckpt", [False, True])
