@@ -61,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
         found = planning.search(cfg, cluster, **shares)
         print(planning.show_ranking(found, args.top), end="")
         tree: object = [planning.to_tree(plan) for plan in found.fitting[: args.top]]
-        if found.fitting:
-            print(f"\nthe first of them:\n\n{planning.show(found.fitting[0])}", end="")
+        print(f"\nthe first of them:\n\n{planning.show(found.fitting[0])}", end="")
     else:
         plan = planning.make_plan(cfg, cluster, **shares)
         print(planning.show(plan), end="")

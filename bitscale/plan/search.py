@@ -1,12 +1,13 @@
 """Every layout of a model on a cluster that the configuration checks admit, ranked."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bitscale.config import Config
 from bitscale.config.checks import check
 from bitscale.errors import ConfigError
-from bitscale.plan.layout import Cluster
+from bitscale.plan.layout import GIB, Cluster
 from bitscale.plan.report import Plan, make_plan
 
 MAX_MICRO_BATCH_SIZE = 64
@@ -23,18 +24,33 @@ def search(
 ) -> Found:
     """Layouts by days to the budget, then by time if nothing overlapped, then by memory.
 
-    Tensor parallelism stays within a node. Raises ConfigError for what no layout could mend.
+    Tensor parallelism stays within a node. Raises ConfigError if none is admitted or none fits,
+    and for what no layout could mend.
     """
-    fitting, num_admitted = [], 0
+    fitting, num_admitted, least = [], 0, math.inf
+    reason = (
+        f"train.global_batch_size={cfg.train.global_batch_size} is no multiple of any number of "
+        f"data-parallel ranks; use a multiple of {cluster.world_size}"
+    )
     for candidate in candidates(cfg, cluster):
         try:
             check(candidate)
-        except ConfigError:
+        except ConfigError as error:
+            reason = str(error)
             continue
         plan = make_plan(candidate, cluster, mfu=mfu, efficiency=efficiency, usable=usable)
-        num_admitted += 1
+        num_admitted, least = num_admitted + 1, min(least, plan.peak_bytes)
         if plan.fits:
             fitting.append(plan)
+    if not num_admitted:
+        raise ConfigError(f"no layout of {cluster.world_size} ranks is admitted: {reason}")
+    if not fitting:
+        room = usable * cluster.gpu.memory_gib
+        raise ConfigError(
+            f"none of {num_admitted} admitted layouts fits: the smallest needs "
+            f"{least / GIB:.1f} GiB and --gpu {cluster.gpu.name} has {room:.1f} usable; use more or "
+            "larger GPUs"
+        )
     # A thousandth of the time is no difference.
     fitting.sort(key=lambda p: (float(f"{p.days:.3g}"), p.unoverlapped_seconds, p.peak_bytes))
     return Found(num_admitted, fitting)

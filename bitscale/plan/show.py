@@ -33,8 +33,6 @@ def show(plan: Plan) -> str:
 
 def show_ranking(found: Found, limit: int) -> str:
     """The best layouts, one a line."""
-    if not found.fitting:
-        return f"none of {found.num_admitted} admitted layouts fits; use more or larger GPUs\n"
     head = (
         "tp",
         "pp",
