@@ -48,8 +48,8 @@ def search(
         room = usable * cluster.gpu.memory_gib
         raise ConfigError(
             f"none of {num_admitted} admitted layouts fits: the smallest needs "
-            f"{least / GIB:.1f} GiB and --gpu {cluster.gpu.name} has {room:.1f} usable; use more or "
-            "larger GPUs"
+            f"{least / GIB:.1f} GiB and --gpu {cluster.gpu.name} has {room:.1f} usable; use more "
+            "or larger GPUs"
         )
     # A thousandth of the time is no difference.
     fitting.sort(key=lambda p: (float(f"{p.days:.3g}"), p.unoverlapped_seconds, p.peak_bytes))

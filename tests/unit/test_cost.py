@@ -147,7 +147,7 @@ def test_saved_bytes_are_those_of_the_decoder(
     for ckpt, reset in ((False, False), (True, False), (False, True), (True, True)):
         measured = saved_bytes(decoder(m, phase, dtype, ckpt=ckpt), dtype.itemsize, reset)
         expected = expected_saved(m, phase, dtype.itemsize, "b158", reset, ckpt)
-        assert expected == pytest.approx(measured, rel=0.01), (ckpt, reset)
+        assert expected == pytest.approx(measured, rel=1e-3), (ckpt, reset)
 
 
 @pytest.mark.parametrize(
