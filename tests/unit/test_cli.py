@@ -14,7 +14,7 @@ from bitscale.config import load_config
 
 pytestmark = pytest.mark.unit
 
-COMMANDS = ["prepare", "train", "eval", "export", "report", "config"]
+COMMANDS = ["prepare", "plan", "train", "eval", "export", "report", "config"]
 Capture = pytest.CaptureFixture[str]
 
 

@@ -1,0 +1,299 @@
+"""What a decoder costs, by arithmetic alone: parameters, FLOPs, bytes saved for the backward pass.
+
+Counts are of one tensor-parallel rank (all of them with tp=1) and, where they grow with the batch,
+per token of a micro-batch. They follow `layers.py`, `decoder.py` and `quant/kernels/linear.py` term
+by term; tests hold them to the modules themselves.
+
+Symbols: D model width, S sequence, V vocabulary; of one rank: q width of its query heads, kv of
+its key/value heads, f of its part of the feed-forward; b bytes of an activation.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from bitscale.config import ModelConfig
+from bitscale.config.spec import QuantSpec, kernel_measure
+
+# λ = 0; 0 < λ < 1; λ = 1.
+Phase = Literal["16 bit", "ramp", "ternary"]
+# How a quantized layer is computed: by kernels that share codes; by the specification, in
+# integers; by the specification, in floating point with a copy of the weight.
+Way = Literal["kernels", "integer", "floating"]
+
+FLOAT_BYTES = 4
+INDEX_BYTES = 8
+
+
+class Shard(NamedTuple):
+    """Widths that one tensor-parallel rank holds."""
+
+    d: int  # model width, whole on every rank
+    q: int
+    kv: int  # one head at least: key/value heads fewer than ranks are replicated
+    f: int
+    heads: int
+    kv_heads: int
+    vocab: int  # rounded up
+
+
+class Matrix(NamedTuple):
+    """One weight of a block, as the rank holds it."""
+
+    name: str
+    rows: int
+    columns: int
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.columns
+
+
+class Parameters(NamedTuple):
+    matrices: int  # weights of the linear layers of all blocks, those that turn ternary
+    vectors: int  # norms and biases of all blocks
+    embedding: int
+    head: int  # 0 where it shares the embedding
+    final_norm: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Flops(NamedTuple):
+    """Multiplications and additions, by the arithmetic that can do them."""
+
+    matrices: float  # integer products at λ = 1
+    attention: float  # scores and values, whole rows: the causal half is not subtracted
+    head: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+    def times(self, factor: float) -> "Flops":
+        return Flops(*(factor * part for part in self))
+
+
+class WeightCopies(NamedTuple):
+    """Bytes per weight of the blocks."""
+
+    a_step: int  # made once a step (`prepare_weights`)
+    a_pass: int  # kept from each forward to its backward pass, besides
+    unprepared: int  # kept by each pass where nothing is made once a step
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the bytes saved for the backward pass depend on, besides the model."""
+
+    phase: Phase
+    way: Way
+    activations_quantized: bool  # False: weight-only presets
+    bytes: int  # b
+    seq_len: int
+    tp: int = 1
+    sequence_parallel: bool = False
+    reset_attention: bool = False
+
+    @property
+    def residual_share(self) -> float:
+        """Part of the tokens whose norms and residuals this rank keeps."""
+        return 1 / self.tp if self.sequence_parallel else 1.0
+
+
+def way_of(spec: QuantSpec) -> Way:
+    """Which arithmetic computes `spec` at λ = 1."""
+    if kernel_measure(spec) is not None:
+        return "kernels"
+    return "integer" if spec.product == "integer" else "floating"
+
+
+def shard(m: ModelConfig, tp: int = 1) -> Shard:
+    assert m.vocab_size is not None, "the vocabulary size is resolved before costs are counted"
+    width = m.d_model // m.num_heads
+    kv_heads = max((m.num_kv_heads or m.num_heads) // tp, 1)
+    heads = m.num_heads // tp
+    return Shard(
+        m.d_model, heads * width, kv_heads * width, m.d_ff // tp, heads, kv_heads,
+        -(-m.vocab_size // tp),
+    )  # fmt: skip
+
+
+def block_matrices(m: ModelConfig, tp: int = 1) -> tuple[Matrix, ...]:
+    """The linear layers of one block, in the order of the module."""
+    s = shard(m, tp)
+    ups = ("up",) if m.mlp == "relu2" else ("gate", "up")
+    return (
+        Matrix("q", s.q, s.d),
+        Matrix("k", s.kv, s.d),
+        Matrix("v", s.kv, s.d),
+        Matrix("o", s.d, s.q),
+        *(Matrix(name, s.f, s.d) for name in ups),
+        Matrix("down", s.d, s.f),
+    )
+
+
+def block_vectors(m: ModelConfig, tp: int = 1) -> tuple[int, ...]:
+    """Sizes of the norms and biases of one block."""
+    s = shard(m, tp)
+    head_width = s.q // s.heads
+    norms = (s.d, s.d) if m.norm_affine else ()
+    qk_norms = (head_width, head_width) if m.qk_norm else ()
+    sub_norms = (s.q, s.f) if m.sub_norm else ()
+    biases = tuple(matrix.rows for matrix in block_matrices(m, tp)) if m.bias else ()
+    return (*norms, *qk_norms, *sub_norms, *biases)
+
+
+def parameters(
+    m: ModelConfig,
+    *,
+    num_layers: int | None = None,
+    tp: int = 1,
+    has_embedding: bool = True,
+    has_head: bool = True,
+) -> Parameters:
+    """Of the whole decoder, or of a pipeline stage of `num_layers` blocks."""
+    s, layers = shard(m, tp), m.num_layers if num_layers is None else num_layers
+    table = s.vocab * s.d
+    shares = m.tie_embeddings and has_embedding
+    return Parameters(
+        matrices=layers * sum(matrix.numel for matrix in block_matrices(m, tp)),
+        vectors=layers * sum(block_vectors(m, tp)),
+        embedding=table if has_embedding else 0,
+        head=table if has_head and not shares else 0,
+        final_norm=s.d if has_head and m.norm_affine else 0,
+    )
+
+
+def forward_flops(
+    m: ModelConfig,
+    seq_len: int,
+    *,
+    num_layers: int | None = None,
+    tp: int = 1,
+    has_head: bool = True,
+) -> Flops:
+    """Per token of one forward pass; a backward pass is twice that."""
+    s, layers = shard(m, tp), m.num_layers if num_layers is None else num_layers
+    return Flops(
+        matrices=2.0 * layers * sum(matrix.numel for matrix in block_matrices(m, tp)),
+        attention=4.0 * layers * seq_len * s.q,
+        head=2.0 * s.vocab * s.d if has_head else 0.0,
+    )
+
+
+def recomputed_flops(
+    m: ModelConfig, seq_len: int, phase: Phase, way: Way, *, num_layers: int | None, tp: int = 1
+) -> Flops:
+    """Per token, of activation checkpointing: the blocks' forward pass once more.
+
+    It stops at the last tensor that is needed. That is the input of the down projection, except
+    where the projection itself hands over codes.
+    """
+    layers = m.num_layers if num_layers is None else num_layers
+    whole = forward_flops(m, seq_len, num_layers=layers, tp=tp, has_head=False)
+    if phase == "ternary" and way != "floating":
+        return whole
+    down = block_matrices(m, tp)[-1]
+    return whole._replace(matrices=whole.matrices - 2.0 * layers * down.numel)
+
+
+def weight_copies(phase: Phase, way: Way, bytes_: int) -> WeightCopies:
+    """Codes, and what is blended or dequantized from them."""
+    if phase == "16 bit":
+        return WeightCopies(0, 0, 0)
+    if way == "kernels":
+        made = 1 if phase == "ternary" else bytes_
+        return WeightCopies(made, 0, made)
+    if way == "integer" and phase == "ternary":
+        return WeightCopies(1, 0, 1)
+    return WeightCopies(1, bytes_, bytes_)
+
+
+def block_saved_bytes(m: ModelConfig, at: Setting) -> dict[str, float]:
+    """Bytes per token that one block saves for its backward pass, by kind. No weights or copies
+    of them."""
+    s, b, share = shard(m, at.tp), at.bytes, at.residual_share
+    num_up = 1 if m.mlp == "relu2" else 2
+    norms = 2 * share * _norm(s.d, m, at)
+    inputs = share * (_input(s.d, 3, at) + _input(s.d, num_up, at))
+    if m.sub_norm:
+        # The attention's output is saved by the attention already.
+        norms += _rms_norm(s.q, at, kept_anyway=True) + _rms_norm(s.f, at)
+        inputs += _input(s.q, 1, at) + _input(s.f, 1, at)
+    else:
+        is_new = at.phase != "16 bit" and at.activations_quantized
+        inputs += (_input(s.q, 1, at) if is_new else 0) + _input(s.f, 1, at)
+    if m.qk_norm:
+        for width, heads in ((s.q, s.heads), (s.kv, s.kv_heads)):
+            norms += FLOAT_BYTES * (width + heads) + b * width
+    saved = {
+        "norms": norms,
+        "inputs of linear layers": inputs,
+        # q, k, v, the output, and the logarithm of each row's sum in fp32.
+        "attention": b * (2 * s.q + 2 * s.kv) + FLOAT_BYTES * s.heads,
+        "feed-forward": float(b * s.f * (1 if m.mlp == "relu2" else 3)),
+    }
+    if at.reset_attention:
+        saved["attention masks"] = float(b * at.seq_len)  # as a bias of the scores, per layer
+    return saved
+
+
+def block_workspace_bytes(m: ModelConfig, at: Setting) -> float:
+    """Bytes per token of gradients within a block's backward pass, at most: those of a gated
+    feed-forward's output, product and both factors."""
+    return 4.0 * at.bytes * shard(m, at.tp).f
+
+
+def checkpoint_bytes(m: ModelConfig, at: Setting) -> float:
+    """Bytes per token that a checkpointed block keeps: its input."""
+    return at.residual_share * at.bytes * m.d_model
+
+
+def embedding_saved_bytes() -> float:
+    """Bytes per token: the ids."""
+    return float(INDEX_BYTES)
+
+
+def head_saved_bytes(m: ModelConfig, at: Setting) -> dict[str, float]:
+    """Bytes per token that the final norm, the head and the loss save."""
+    s, share = shard(m, at.tp), at.residual_share
+    plain = Setting("16 bit", at.way, at.activations_quantized, at.bytes, at.seq_len)
+    return {
+        "norms": share * _norm(s.d, m, plain),
+        "inputs of linear layers": share * at.bytes * s.d,
+        "logits": float(FLOAT_BYTES * s.vocab + INDEX_BYTES),  # log-softmax and targets
+    }
+
+
+def loss_workspace_bytes(m: ModelConfig, tp: int = 1) -> float:
+    """Bytes per token that live beside the saved log-softmax at the start of the backward pass:
+    its gradient and that of the logits, fp32."""
+    return 2.0 * FLOAT_BYTES * shard(m, tp).vocab
+
+
+def _norm(width: int, m: ModelConfig, at: Setting) -> float:
+    """A block's norm before its linear layers."""
+    if m.norm == "rmsnorm":
+        return _rms_norm(width, at, affine=m.norm_affine)
+    return FLOAT_BYTES * (width + 2) + (at.bytes * width if m.norm_affine else 0)
+
+
+def _rms_norm(width: int, at: Setting, *, affine: bool = True, kept_anyway: bool = False) -> float:
+    """`kept_anyway`: somebody else saves its input in b bytes."""
+    b = at.bytes
+    if at.phase == "ternary" and at.way == "kernels":
+        return FLOAT_BYTES + (0 if kept_anyway else b * width)
+    copy = 0 if kept_anyway and b == FLOAT_BYTES else FLOAT_BYTES * width
+    return copy + FLOAT_BYTES + (b * width if affine else 0)
+
+
+def _input(width: int, num_readers: int, at: Setting) -> float:
+    """The input that `num_readers` layers share."""
+    if at.phase == "16 bit" or not at.activations_quantized:
+        return at.bytes * width
+    times = 1 if at.way == "kernels" else num_readers
+    if at.phase == "ternary" and at.way != "floating":
+        return times * (width + FLOAT_BYTES)
+    return times * at.bytes * width

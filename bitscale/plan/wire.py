@@ -1,0 +1,141 @@
+"""What one rank sends in an optimizer step, by collective.
+
+A payload is the whole tensor of a collective: the reduced one, the gathered one, the one that is
+scattered, or what is sent. A ring of n ranks moves (n − 1) / n of it out of each rank, twice for an
+all-reduce. What data parallelism does follows DeepSpeed 0.19.8; tensor and pipeline parallelism
+follow arXiv:1909.08053, arXiv:2205.05198 (sequence parallelism) and bitscale's own contract: at
+λ = 1 integer sums travel in fp32, and gathered sequences as int8 codes with a scale a token.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from bitscale.config.spec import kernel_measure
+from bitscale.model import cost
+from bitscale.model.cost import FLOAT_BYTES, Phase
+from bitscale.plan.layout import Layout, Stage
+from bitscale.plan.memory import gathered_weights, persistent_elements
+
+Collective = Literal["all-reduce", "gather", "reduce-scatter", "send"]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    name: str
+    collective: Collective
+    payload: float  # bytes per optimizer step
+    num_ranks: int
+    stride: int  # between the group's ranks
+    in_pass: bool  # during micro-batches, not once at the end of the step
+
+    @property
+    def sent(self) -> float:
+        """Bytes that leave each rank."""
+        if self.collective == "send":
+            return self.payload
+        rings = 2 if self.collective == "all-reduce" else 1
+        return rings * self.payload * (self.num_ranks - 1) / self.num_ranks
+
+
+def traffic(layout: Layout, stage: Stage, phase: Phase) -> list[Traffic]:
+    """Of a rank of `stage` during `phase`."""
+    everything = (
+        *_data_parallel(layout, stage),
+        *_tensor_parallel(layout, stage, phase),
+        *_pipeline(layout, stage),
+    )
+    return [t for t in everything if t.num_ranks > 1 and t.payload]
+
+
+def _data_parallel(layout: Layout, stage: Stage) -> Iterator[Traffic]:
+    held, zero, passes = layout.parameters(stage), layout.cfg.engine.zero_stage, 1
+
+    def over(name: str, collective: Collective, payload: float, in_pass: bool) -> Traffic:
+        return Traffic(name, collective, payload, layout.dp, layout.tp, in_pass)
+
+    if zero >= 2:
+        passes = layout.num_micro_batches  # these stages reduce after every backward pass
+    gradients = float(FLOAT_BYTES * held.total * passes)
+    if zero < 3:
+        # Stage 2 too: DeepSpeed reduces a bucket whole and keeps its share.
+        yield over("gradients", "all-reduce", gradients, zero == 2)
+    if zero in (1, 2):
+        yield over("updated weights", "gather", float(layout.bytes * held.total), False)
+    if zero == 3:
+        yield over("gradients", "reduce-scatter", gradients, True)
+        a_pass = gathered_weights(layout, stage).num_elements
+        yield over("weights in use", "gather", float(layout.bytes * a_pass * passes), True)
+        small = layout.bytes * persistent_elements(layout, stage)
+        yield over("updated small weights", "gather", float(small), False)
+
+
+def _tensor_parallel(layout: Layout, stage: Stage, phase: Phase) -> Iterator[Traffic]:
+    cfg, m, b = layout.cfg, layout.cfg.model, layout.bytes
+    tokens = layout.micro_batch_tokens * layout.num_micro_batches
+    wide = float(tokens * m.d_model)  # elements of one residual
+    ternary = phase == "ternary"
+    in_integers = ternary and layout.way != "floating"
+    sum_bytes = FLOAT_BYTES if in_integers else b
+    # Row-parallel sums: of o and down; once more when recomputed, but for an unneeded last one.
+    again = cfg.train.activation_checkpointing
+    num_sums = stage.num_layers * (2 + (2 if in_integers else 1) * again)
+    num_inputs = stage.num_layers * 2 * (2 + again)  # gathered for both passes, see below
+
+    def over(name: str, collective: Collective, payload: float, in_pass: bool = True) -> Traffic:
+        return Traffic(name, collective, payload, layout.tp, 1, in_pass)
+
+    at_ends = b * wide * (stage.has_embedding + stage.has_head)
+    if cfg.parallel.sequence_parallel:
+        input_bytes = wide * b
+        codes = ternary and layout.way != "floating" and layout.spec.activation is not None
+        if codes:
+            input_bytes = wide + FLOAT_BYTES * tokens
+        # A layer's input is kept in shares and gathered again for the weight's gradient.
+        name = "sequence, int8 codes" if codes else "sequence"
+        yield over(name, "gather", num_inputs * input_bytes)
+        head_again = b * wide * stage.has_head
+        ends = at_ends + head_again
+        yield over("sequence, gradients", "gather", 2 * stage.num_layers * b * wide + ends)
+        yield over("sums of outputs", "reduce-scatter", num_sums * sum_bytes * wide)
+        yield over("sums of gradients", "reduce-scatter", 2 * stage.num_layers * b * wide + at_ends)
+        vectors = layout.parameters(stage).vectors + layout.parameters(stage).final_norm
+        yield over("gradients of norms", "all-reduce", float(FLOAT_BYTES * vectors), False)
+    else:
+        yield over("sums of outputs", "all-reduce", num_sums * sum_bytes * wide)
+        yield over("sums of gradients", "all-reduce", 2 * stage.num_layers * b * wide + at_ends)
+    if stage.has_head:
+        # The largest logit, the target's and the sum of exponentials (arXiv:1909.08053).
+        yield over("loss", "all-reduce", 3.0 * FLOAT_BYTES * tokens)
+    if ternary and layout.spec.activation is not None:
+        # Maxima over the row of o's and down's inputs, with SubLN's sum of squares.
+        numbers = num_sums * tokens * (2 if m.sub_norm else 1)
+        yield over("token scales", "all-reduce", float(FLOAT_BYTES * numbers))
+    if ternary:
+        yield over("weight scales", "all-reduce", _scale_statistics(layout, stage), False)
+
+
+def _scale_statistics(layout: Layout, stage: Stage) -> float:
+    """A sum per matrix in fp64; for a median, histograms of one byte of |w| at a time."""
+    num_matrices = stage.num_layers * len(cost.block_matrices(layout.cfg.model))
+    if kernel_measure(layout.spec) == "absmedian":
+        return 8.0 * 256 * layout.bytes * num_matrices
+    return 8.0 * num_matrices
+
+
+def _pipeline(layout: Layout, stage: Stage) -> Iterator[Traffic]:
+    cfg, stride = layout.cfg, layout.tp * layout.dp
+    tokens = layout.micro_batch_tokens * layout.num_micro_batches
+    share = layout.setting("16 bit").residual_share
+    residual = share * layout.bytes * tokens * cfg.model.d_model
+    neighbours = 2 if layout.pp > 1 else 1
+    if not stage.has_head:
+        yield Traffic("activations onward", "send", residual, neighbours, stride, True)
+    if not stage.has_embedding:
+        yield Traffic("gradients back", "send", residual, neighbours, stride, True)
+    if cfg.model.tie_embeddings and layout.pp > 1 and (stage.has_head or stage.has_embedding):
+        table = layout.parameters(stage).embedding or layout.parameters(stage).head
+        far = stride * (layout.pp - 1)
+        yield Traffic(
+            "tied embedding", "all-reduce", float(FLOAT_BYTES * table), neighbours, far, False
+        )

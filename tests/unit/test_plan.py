@@ -1,0 +1,453 @@
+"""`bitscale plan`: against a counted peak, published figures, hand calculation; the command."""
+
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bitscale.cli.main import main
+from bitscale.config import Config, check_world_size
+from bitscale.config.checks import check
+from bitscale.errors import ConfigError
+from bitscale.model import cost
+from bitscale.model.bitlinear import prepare_weights, set_strength
+from bitscale.model.cost import Phase
+from bitscale.model.decoder import Decoder
+from bitscale.plan import DEFAULT_EFFICIENCY, Cluster, find_gpu, make_plan, search, to_tree
+from bitscale.plan.layout import GIB, Layout, make_layout
+from bitscale.plan.memory import memory
+from bitscale.plan.speed import bound, phase_steps, run_days, step_flops
+from bitscale.plan.wire import Traffic, traffic
+from bitscale.plan.zero3 import Use, gathered
+from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY
+
+pytestmark = pytest.mark.unit
+
+Capture = pytest.CaptureFixture[str]
+
+
+# --- Against a counted peak ---
+
+
+class PeakBytes(TorchDispatchMode):
+    """Most bytes of tensors that were alive at once; weights count once they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        for tensor in (x for x in tree_leaves(result) if isinstance(x, Tensor)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.live:
+                self.live[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.drop, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def drop(self, key: int) -> None:
+        self.now -= self.live.pop(key)
+
+
+@pytest.mark.parametrize("ckpt", [False, True])
+@pytest.mark.parametrize("phase", ["16 bit", "ternary"])
+def test_peak_is_that_of_a_forward_and_backward_pass(
+    phase: Phase, ckpt: bool, make_config: Callable[..., Config]
+) -> None:
+    sizes = {"vocab_size": 512, "num_layers": 6, "d_model": 128, "d_ff": 384}
+    cfg = make_config(
+        *(f"model.{key}={value}" for key, value in sizes.items()),
+        "data.seq_len=64",
+        "train.micro_batch_size=8",
+        f"train.activation_checkpointing={str(ckpt).lower()}",
+        "train.dtype=bf16",
+    )
+    layout = make_layout(cfg, Cluster(1, 1, find_gpu("cpu")))
+    model = Decoder(cfg.model, cfg.quant, activation_checkpointing=ckpt).bfloat16().train()
+    set_strength(model, SIXTEEN_BIT if phase == "16 bit" else TERNARY)
+    ids = torch.randint(512, (8, 64))
+    with torch.no_grad():
+        model(ids, ids)
+    with PeakBytes() as counted:
+        prepare_weights(model)
+        model(ids, ids).backward()
+    held = memory(layout, layout.stages[0], phase)
+    # Without the engine: neither sums, masters, moments nor reductions.
+    engine = ("fp32 accumulation", "optimizer", "communication buffers")
+    without = sum(held.parts[part] for part in engine)
+    moments = {k: v - without for k, v in held.moments.items() if "reduction" not in k}
+    assert max(moments.values()) == pytest.approx(counted.peak, rel=0.1)
+
+
+# --- Against published figures ---
+
+
+def gpt(
+    heads: int, width: int, layers: int, tp: int, pp: int, gpus: int, batch_size: int,
+    make_config: Callable[..., Config], *, size: int = 1, recompute: bool = False,
+) -> Layout:  # fmt: skip
+    """Megatron-LM's GPT of 2,048 tokens on A100s, its GELU replaced by a squared ReLU."""
+    cfg = make_config(
+        f"model={{vocab_size: 51200, num_layers: {layers}, d_model: {width}, num_heads: {heads}, "
+        f"num_kv_heads: {heads}, d_ff: {4 * width}, mlp: relu2, norm: layernorm, bias: true}}",
+        "data.seq_len=2048",
+        f"train={{steps: 100, global_batch_size: {batch_size}, micro_batch_size: {size}, "
+        f"dtype: bf16, activation_checkpointing: {str(recompute).lower()}}}",
+        f"parallel={{tp: {tp}, pp: {pp}, "
+        f"sequence_parallel: {str(tp > 1 and not recompute).lower()}}}",
+    )
+    return make_layout(cfg, Cluster(gpus // 8, 8, find_gpu("a100-80")))
+
+
+# arXiv:2205.05198, tables 3 and 5: seconds a step without and with full recomputation, MFU.
+KORTHIKANTI = [
+    ((64, 6144, 48, 8, 1, 8, 4), 4, 1.10, 1.42, 0.415),
+    ((96, 12288, 96, 8, 8, 64, 64), 1, 13.75, 18.13, 0.514),
+    ((128, 20480, 105, 8, 35, 280, 280), 1, 37.83, 49.05, 0.560),
+    ((160, 25600, 128, 8, 64, 512, 512), 1, 71.49, 94.42, 0.563),
+]
+# arXiv:2104.04473, table 1: billions of parameters, layout, TFLOP/s a GPU with recomputation.
+NARAYANAN = [
+    (1.7, (24, 2304, 24, 1, 1, 32, 512), 137),
+    (3.6, (32, 3072, 30, 2, 1, 64, 512), 138),
+    (7.5, (32, 4096, 36, 4, 1, 128, 512), 142),
+    (18.4, (48, 6144, 40, 8, 1, 256, 1024), 135),
+    (39.1, (64, 8192, 48, 8, 2, 512, 1536), 138),
+    (76.1, (80, 10240, 60, 8, 4, 1024, 1792), 140),
+    (145.6, (96, 12288, 80, 8, 8, 1536, 2304), 148),
+    (310.1, (128, 16384, 96, 8, 16, 1920, 2160), 155),
+    (529.6, (128, 20480, 105, 8, 35, 2520, 2520), 163),
+    (1008.0, (160, 25600, 128, 8, 64, 3072, 3072), 163),
+]
+
+
+@pytest.mark.parametrize(("shape", "size", "seconds", "_", "mfu"), KORTHIKANTI)
+def test_flops_give_the_published_mfu(
+    shape: tuple[int, ...], size: int, seconds: float, _: float, mfu: float,
+    make_config: Callable[..., Config],
+) -> None:  # fmt: skip
+    layout = gpt(*shape, make_config, size=size)
+    flops = step_flops(layout, "16 bit").model * layout.cfg.train.global_batch_size * 2048
+    assert flops / (312e12 * layout.cluster.world_size * seconds) == pytest.approx(mfu, abs=0.003)
+
+
+@pytest.mark.parametrize(("billions", "shape", "_"), NARAYANAN)
+def test_parameters_are_the_published_ones(
+    billions: float, shape: tuple[int, ...], _: int, make_config: Callable[..., Config]
+) -> None:
+    # The table rounds to 0.1; position embeddings, which rotary ones replace, are below 0.3%.
+    total = cost.parameters(gpt(*shape, make_config, recompute=True).cfg.model).total / 1e9
+    assert total == pytest.approx(billions, rel=0.003, abs=0.055)
+
+
+def test_published_runs_reach_the_default_share_of_the_bound(
+    make_config: Callable[..., Config],
+) -> None:
+    """No run is faster than its bound; the default efficiency is the median of them all."""
+    shares = []
+    for shape, size, fast, slow, _ in KORTHIKANTI:
+        for seconds, recompute in ((fast, False), (slow, True)):
+            layout = gpt(*shape, make_config, size=size, recompute=recompute)
+            shares.append(bound(layout, "16 bit").step_seconds / seconds)
+    for _, (heads, width, layers, tp, pp, gpus, batch_size), tflops in NARAYANAN:
+        layout = gpt(heads, width, layers, tp, pp, gpus, batch_size, make_config, recompute=True)
+        # Their equation 3.
+        terms = 1 + 2048 / (6 * width) + 51200 / (16 * layers * width)
+        flops = 96 * batch_size * 2048 * layers * width**2 * terms
+        shares.append(bound(layout, "16 bit").step_seconds / (flops / (gpus * tflops * 1e12)))
+    assert all(0.35 < share < 0.75 for share in shares), shares
+    assert statistics.median(shares) == pytest.approx(DEFAULT_EFFICIENCY, abs=0.03)
+
+
+def test_days_are_the_published_ones(make_config: Callable[..., Config]) -> None:
+    """GPT-3 on 1,024 A100s at 140 TFLOP/s with recomputation: 34 days for 300B tokens
+    (arXiv:2104.04473, section 5.1). Their 8 P T FLOPs are our 6 P T of the model and a quarter."""
+    layout = gpt(96, 12288, 96, 8, 8, 1024, 1536, make_config)
+    cfg = layout.cfg.model_copy(
+        update={"train": layout.cfg.train.model_copy(update={"steps": None, "tokens": 300 * 10**9})}
+    )
+    layout = make_layout(cfg, layout.cluster)
+    mfu = 140 / 312 * 6 / 8
+    assert run_days(layout, {"16 bit": mfu, "ternary": mfu}) == pytest.approx(34, rel=0.05)
+
+
+def test_activation_memory_against_the_published_formula(
+    make_config: Callable[..., Config],
+) -> None:
+    """34 s b h / t a layer with sequence parallelism and no scores kept (arXiv:2205.05198, eq. 4
+    and table 2). Ours in 16 bit: 2 less for no dropout masks, 8 more for norms in fp32."""
+    layout = gpt(96, 12288, 96, 8, 8, 64, 64, make_config)
+    for phase, expected in (("16 bit", 34 - 2 + 8), ("ternary", 35)):
+        at = layout.setting(phase)  # type: ignore[arg-type]
+        per_token = sum(cost.block_saved_bytes(layout.cfg.model, at).values())
+        assert per_token * 8 / 12288 == pytest.approx(expected, rel=0.01)
+    # With an RMSNorm, whose codes come in the same pass: a fifth less than Megatron's.
+    rms = layout.cfg.model.model_copy(update={"norm": "rmsnorm"})
+    per_token = sum(cost.block_saved_bytes(rms, layout.setting("ternary")).values())
+    assert per_token * 8 / 12288 == pytest.approx(27, rel=0.01)
+
+
+# --- Layouts, by hand ---
+
+
+PLANNED = ("model.vocab_size=96", "train.dtype=bf16")
+
+
+def planned(
+    make_config: Callable[..., Config], *overrides: str, nodes: int = 1, gpus: int = 8
+) -> Layout:
+    cfg = make_config(*PLANNED, *overrides)
+    return make_layout(cfg, Cluster(nodes, gpus, find_gpu("h200")))
+
+
+def test_blocks_are_shared_out_by_what_they_compute(make_config: Callable[..., Config]) -> None:
+    layers = [
+        [s.num_layers for s in planned(make_config, f"parallel.pp={pp}", *more).stages]
+        for pp, more in (
+            (1, ("model.num_layers=7", "train.micro_batch_size=1")),
+            (4, ("model.num_layers=9", "model.vocab_size=8")),
+            # A head as costly as several blocks.
+            (4, ("model.num_layers=9", "model.vocab_size=1024")),
+            (8, ("model.num_layers=8", "model.vocab_size=100000")),
+        )
+    ]
+    assert layers == [[7], [2, 2, 3, 2], [2, 3, 3, 1], [1] * 8]
+
+
+def test_bubble_and_micro_batches_in_flight(make_config: Callable[..., Config]) -> None:
+    layout = planned(
+        make_config, "parallel.pp=4", "model.num_layers=4", "train.micro_batch_size=1",
+        "train.global_batch_size=12",
+    )  # fmt: skip
+    assert layout.num_micro_batches == 6
+    assert layout.bubble == pytest.approx(3 / 6)
+    assert [stage.in_flight for stage in layout.stages] == [4, 3, 2, 1]
+
+
+def sent(layout: Layout, phase: Phase, stage: int = 0) -> dict[str, Traffic]:
+    return {t.name: t for t in traffic(layout, layout.stages[stage], phase)}
+
+
+def test_sequence_parallel_gathers_half_the_bytes_when_ternary(
+    make_config: Callable[..., Config],
+) -> None:
+    layout = planned(
+        make_config, "parallel={tp: 4, sequence_parallel: true}",
+        "model={vocab_size: 96, num_layers: 2, d_model: 4096, num_heads: 32, d_ff: 8192}",
+    )  # fmt: skip
+    plain, codes = (
+        sent(layout, "16 bit")["sequence"],
+        sent(layout, "ternary")["sequence, int8 codes"],
+    )
+    tokens = 8 // 2 * layout.cfg.data.seq_len  # a pipeline's part of the batch
+    # q, k, v and gate, up; for the forward pass and the weights' gradients.
+    assert plain.payload == 2 * 2 * 2 * tokens * 4096 * 2
+    assert plain.sent == plain.payload * 3 / 4
+    assert codes.payload / plain.payload == pytest.approx(0.5 + 2 / 4096)
+    # Integer sums are exact in fp32 and travel so.
+    sums = [sent(layout, phase)["sums of outputs"].payload for phase in ("16 bit", "ternary")]
+    assert sums == [2 * 2 * tokens * 4096 * 2, 2 * 2 * tokens * 4096 * 4]
+
+
+def test_pipeline_sends_and_the_tied_embedding(make_config: Callable[..., Config]) -> None:
+    layout = planned(
+        make_config, "parallel.pp=2", "train.micro_batch_size=1", "model.tie_embeddings=true"
+    )
+    first, last = sent(layout, "16 bit"), sent(layout, "16 bit", stage=-1)
+    residual = layout.num_micro_batches * layout.micro_batch_tokens * 32 * 2
+    assert first["activations onward"].sent == last["gradients back"].sent == residual
+    assert "gradients back" not in first
+    assert first["tied embedding"].sent == last["tied embedding"].sent == 4 * 96 * 32
+
+
+def test_links_within_and_between_nodes(make_config: Callable[..., Config]) -> None:
+    layout = planned(make_config, "train.micro_batch_size=1", "train.global_batch_size=16", nodes=2)
+    gpu = find_gpu("h200")
+    assert layout.link_gb_per_second(8, 1) == gpu.node_gb_per_second
+    assert layout.link_gb_per_second(16, 1) == 8 * gpu.network_gb_per_second
+    assert layout.link_gb_per_second(2, 8) == gpu.network_gb_per_second
+
+
+def test_zero3_replay() -> None:
+    a, b = Use("a", 10), Use("b", 10)
+    passes = (a, b, b, a)  # forward and backward
+    assert gathered(passes, 0, 0, 0) == (40, 10)
+    assert gathered(passes, 1, 0, 0) == (30, 10)  # b is used again at once
+    assert gathered(passes, 21, 0, 0) == (20, 20)
+    assert gathered(passes, 0, 100, 100) == (20, 20)  # a prefetch has counted on both
+
+
+def test_zero3_without_checkpointing_keeps_codes_of_every_layer(
+    make_config: Callable[..., Config],
+) -> None:
+    options = ("engine.zero_stage=3", "train.micro_batch_size=1", "model.num_layers=8")
+    copies = []
+    for checkpointing in ("false", "true"):
+        layout = planned(make_config, *options, f"train.activation_checkpointing={checkpointing}")
+        held = memory(layout, layout.stages[0], "ternary")
+        copies.append(held.parts["codes and copies"])
+    matrices = cost.parameters(layout.cfg.model).matrices
+    assert copies == [matrices, matrices / 8]
+
+
+def test_reference_kernels_multiply_in_fp32(make_config: Callable[..., Config]) -> None:
+    seconds = {
+        kernel: bound(
+            planned(make_config, f"quant.kernel={kernel}", "train.micro_batch_size=1"), "ternary"
+        ).seconds["compute"]
+        for kernel in ("auto", "reference")
+    }
+    assert seconds["reference"] > 5 * seconds["auto"]
+
+
+def test_phases_share_the_steps(make_config: Callable[..., Config]) -> None:
+    options = ("train.micro_batch_size=1",)
+    assert phase_steps(planned(make_config, *options)) == {"16 bit": 40, "ternary": 60}
+    never = planned(make_config, *options, "transition.at=null")
+    assert phase_steps(never) == {"16 bit": 100, "ternary": 0}
+
+
+# --- Search ---
+
+
+def test_search_finds_only_what_can_be_and_ranks_it(make_config: Callable[..., Config]) -> None:
+    cfg = make_config(
+        "model={vocab_size: 32000, num_layers: 8, d_model: 4096, num_heads: 32, d_ff: 11008}",
+        "data.seq_len=2048", "train.global_batch_size=32", "train.dtype=bf16",
+    )  # fmt: skip
+    cluster = Cluster(1, 4, find_gpu("a100-80"))
+    found = search(cfg, cluster, mfu=None, efficiency=0.5, usable=0.3)
+    assert 0 < len(found.fitting) < found.num_admitted
+    for plan in found.fitting:
+        check(plan.layout.cfg)
+        check_world_size(plan.layout.cfg, 4)
+        assert plan.peak_bytes <= 0.3 * 79.1 * GIB
+    days = [plan.days for plan in found.fitting]
+    assert all(after >= 0.995 * before for before, after in itertools.pairwise(days))
+    assert len({json.dumps(to_tree(plan)["layout"]) for plan in found.fitting}) == len(days)
+    # Nothing else about the run has changed.
+    first = found.fitting[0].layout.cfg
+    assert (first.model, first.data, first.optim) == (cfg.model, cfg.data, cfg.optim)
+    tight = search(cfg, cluster, mfu=None, efficiency=0.5, usable=0.2)
+    assert len(tight.fitting) < len(found.fitting)
+
+
+# --- The command ---
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path, tiny_config_file: Path) -> Path:
+    path = tmp_path / "planned.yaml"
+    text = tiny_config_file.read_text(encoding="utf-8")
+    path.write_text(text.replace("num_layers: 2", "vocab_size: 96, num_layers: 2"))
+    return path
+
+
+def run_cli(capsys: Capture, *args: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main(["plan", *args])
+    streams = capsys.readouterr()
+    return code, streams.out, streams.err
+
+
+def test_prints_tables_and_writes_json(capsys: Capture, plan_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    code, out, err = run_cli(
+        capsys, str(plan_file), "--nodes", "1", "--gpus-per-node", "2", "--gpu", "cpu",
+        "--mfu", "0.25", "--json", str(file), "transition.ramp={shape: linear, over: {steps: 5}}",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    for text in ("memory of a rank, GiB", "ramp", "optimizer", "gradients (all-reduce)", "MFU",
+                 "forward", "days", "a checkpoint"):  # fmt: skip
+        assert text in out, text
+    tree = json.loads(file.read_text())
+    held, steps = tree["parameters"]["total"], tree["phases"]
+    assert tree["checkpoint_bytes"] == 12 * held
+    assert [steps[phase]["num_steps"] for phase in ("16 bit", "ternary")] == [40, 60]
+    flops = steps["16 bit"]["flops_per_token"]
+    model = flops["forward"]["total"] + flops["backward"]["total"]
+    seconds = model * 8 * 16 * 100 / (0.25 * 2 * 0.166e12)  # at 0.25 of two cores in fp32
+    assert tree["days"] == pytest.approx(seconds / 86400)
+    assert tree["gpu_hours"] == pytest.approx(2 * seconds / 3600)
+    parts = steps["ternary"]["memory"]
+    assert parts["peak"] == max(parts["moments"].values())
+    assert tree["fits"]
+
+
+def test_search_prints_a_ranking(capsys: Capture, plan_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plans.json"
+    code, out, err = run_cli(
+        capsys, str(plan_file), "--nodes", "1", "--gpus-per-node", "2", "--search", "--top", "3",
+        "--json", str(file), "train.dtype=bf16",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "admitted layouts fit; the best:\ntp  pp  dp" in out
+    assert len(json.loads(file.read_text())) == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "fragments"),
+    [
+        (["--gpu", "tpu"], ["--gpu 'tpu'", "use one of h200, h100, a100-80, b200, cpu"]),
+        (["--nodes", "0"], ["--nodes 0", "use 1 or more"]),
+        (["--mfu", "40"], ["--mfu 40 is not a share"]),
+        (["--usable", "0"], ["--usable 0 is not a share"]),
+        (["model.vocab_size=null"], ["model.vocab_size is null", "model.vocab_size=N"]),
+        (["parallel.tp=3"], ["parallel.tp=3", "num_heads=4"]),
+        (["parallel.tp=4"], ["does not divide world_size=2"]),
+        (["parallel.pp=2", "engine.zero_stage=2"], ["engine.zero_stage=2", "zero_stage=1"]),
+        (["train.global_batch_size=9"], ["train.global_batch_size=9", "2 data-parallel ranks"]),
+        (["--search", "--usable", "1e-9"], ["layouts fits: the smallest needs", "use more or"]),
+        (
+            ["--search", "train.global_batch_size=1", "train.micro_batch_size=1",
+             "model.num_layers=1", "model.num_heads=1", "model.num_kv_heads=1"],
+            ["no layout of 2 ranks is admitted: parallel.tp=2", "num_heads=1"],
+        ),
+        (["quant.preset=sdu"], ["quant.preset='sdu'", "plan with quant.preset=b158"]),
+        (["quant.kernel=cpu"], ["quant.kernel='cpu'", "--gpu h200", "quant.kernel=auto"]),
+        (
+            ["engine.deepspeed={zero_optimization: {offload_optimizer: {device: cpu}}}"],
+            ["zero_optimization.offload_optimizer", "leave it out"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_line_and_code_2(
+    args: list[str], fragments: list[str], capsys: Capture, plan_file: Path
+) -> None:
+    code, out, err = run_cli(capsys, str(plan_file), "--nodes", "1", "--gpus-per-node", "2", *args)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert [text for text in fragments if text not in err] == [], err
+
+
+def test_plans_can_be_made_without_torch(plan_file: Path) -> None:
+    code = (
+        "import sys; from bitscale.cli.main import main\n"
+        f"main(['plan', {str(plan_file)!r}, '--nodes', '1', '--gpus-per-node', '2'])\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_share_that_is_none_is_refused(make_config: Callable[..., Config]) -> None:
+    cfg = make_config(*PLANNED)
+    with pytest.raises(ConfigError, match=r"--efficiency 1\.5 is not a share"):
+        make_plan(cfg, Cluster(1, 1, find_gpu("cpu")), efficiency=1.5)
