@@ -3,9 +3,13 @@
 Shapes: T tokens, D inputs, F outputs.
 """
 
+import shutil
+
 import torch
 from torch import Tensor
 
+from bitscale.errors import KernelUnavailable
+from bitscale.quant.kernels import cpu_library
 from bitscale.quant.kernels.table import Measure
 
 EPS = 1e-5
@@ -14,6 +18,17 @@ MEASURES: list[Measure] = ["absmean", "absmedian"]
 INF, NAN = float("inf"), float("nan")
 FLOAT32_MAX = torch.finfo(torch.float32).max
 SHAPES = [(1, 1, 1), (5, 64, 3), (64, 128, 128), (65, 130, 129), (7, 300, 200), (130, 96, 70)]
+
+
+def why_no_cpu_kernels() -> str | None:
+    """Why the CPU's kernels cannot be tested on this machine, or None."""
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "no C compiler"
+    try:
+        cpu_library._check_integer_product()
+    except KernelUnavailable as error:
+        return str(error)
+    return None
 
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

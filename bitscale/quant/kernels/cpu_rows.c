@@ -184,22 +184,19 @@ static inline float sum_of_squares(const float *restrict x, int64_t n) {
         for (int i = 0; i < 4; i++) total += sums[0][i];
         return total;
     }
-    while (row < rows) {
-        int64_t end = row + 16 < rows ? row + 16 : rows;
-        int is_whole = row + 16 <= rows;
-        for (; row < end; row++)
-            for (int i = 0; i < width; i++) {
-                float value = x[row * width + i];
-                sums[0][i] += value * value;
-            }
-        for (int level = 1; is_whole && level < LEVELS; level++) {
+    while (row + 16 <= rows) {
+        float part[width] = {0}; /* in registers */
+        for (int64_t end = row + 16; row < end; row++)
+            for (int i = 0; i < width; i++) part[i] += x[row * width + i] * x[row * width + i];
+        for (int i = 0; i < width; i++) sums[1][i] += part[i];
+        for (int level = 2; level < LEVELS && !(row & (int64_t)15 << 4 * (level - 1)); level++)
             for (int i = 0; i < width; i++) {
                 sums[level][i] += sums[level - 1][i];
                 sums[level - 1][i] = 0.0f;
             }
-            if (row & (int64_t)15 << 4 * level) break;
-        }
     }
+    for (; row < rows; row++)
+        for (int i = 0; i < width; i++) sums[0][i] += x[row * width + i] * x[row * width + i];
     for (int level = 1; level < LEVELS; level++)
         for (int i = 0; i < width; i++) sums[0][i] += sums[level][i];
     for (int64_t i = rows * width; i < vectors * lanes; i++)
@@ -221,11 +218,14 @@ void quantize_row(const Launch *a, int64_t row, float *restrict scratch) {
         if (a->flag) a->rstd[row] = 1.0f / sqrtf(sum_of_squares(x, D) / (float)D + a->norm_eps);
         float rstd = a->rstd[row];
         float *restrict normed = scratch + D;
-        for (int64_t i = 0; i < D; i++) normed[i] = x[i] * rstd;
-        round_to(a->in.dtype, D, normed);
-        if (a->vector) {
-            for (int64_t i = 0; i < D; i++) normed[i] = normed[i] * a->vector[i];
-            round_to(a->normed_dtype, D, normed);
+        const float *restrict weight = a->vector;
+        if (weight && a->in.dtype == FP32) { /* nothing is rounded between: one pass */
+            for (int64_t i = 0; i < D; i++) normed[i] = x[i] * rstd * weight[i];
+        } else {
+            for (int64_t i = 0; i < D; i++) normed[i] = x[i] * rstd;
+            round_to(a->in.dtype, D, normed);
+            for (int64_t i = 0; weight && i < D; i++) normed[i] = normed[i] * weight[i];
+            if (weight) round_to(a->normed_dtype, D, normed);
         }
         h = normed;
     }
