@@ -54,6 +54,11 @@ class Plan:
     def fits(self) -> bool:
         return self.peak_bytes <= self.usable_bytes
 
+    def stage_peaks(self, phase: Phase) -> list[float]:
+        """Bytes of a rank of each pipeline stage."""
+        layout = self.layout
+        return [memory(layout, stage, phase).peak for stage in layout.stages]
+
     @property
     def gpu_hours(self) -> float:
         return 24 * self.days * self.layout.cluster.world_size
@@ -131,7 +136,7 @@ def to_tree(plan: Plan) -> dict[str, Any]:
         | {"total": cost.parameters(cfg.model).total},
         "tokens_per_step": tokens_per_step(cfg),
         "num_steps": num_steps(cfg),
-        "phases": {phase: _phase_tree(part) for phase, part in plan.phases.items()},
+        "phases": {phase: _phase_tree(plan, part) for phase, part in plan.phases.items()},
         "ramp_memory": None if plan.ramp is None else _memory_tree(plan.ramp),
         "peak_bytes": plan.peak_bytes,
         "usable_bytes": plan.usable_bytes,
@@ -142,10 +147,11 @@ def to_tree(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _phase_tree(part: PhasePlan) -> dict[str, Any]:
+def _phase_tree(plan: Plan, part: PhasePlan) -> dict[str, Any]:
     return {
         "num_steps": part.num_steps,
         "memory": {"stage": part.fullest.index, **_memory_tree(part.memory)},
+        "stage_peak_bytes": plan.stage_peaks(part.phase),
         "wire": {
             "stage": part.busiest.index,
             "collectives": [asdict(t) | {"sent": t.sent} for t in part.traffic],

@@ -116,7 +116,10 @@ def _memory_table(plan: Plan) -> list[str]:
     lines += [f"peak in {name}: {held.peak_moment}" for name, held in columns]
     if plan.layout.pp > 1:
         stages = sorted({part.fullest.index for part in plan.phases.values()})
-        lines.append(f"of stage {', '.join(str(s) for s in stages)}, the fullest")
+        lines.append(f"of stage {', '.join(str(s) for s in stages)}, the fullest; by stage:")
+        for phase in plan.phases:
+            peaks = " ".join(f"{peak / GIB:.1f}" for peak in plan.stage_peaks(phase))
+            lines.append(f"  {phase}: {peaks}")
     word = "fits" if plan.fits else "does NOT fit"
     lines.append(
         f"{word}: {_gib(plan.peak_bytes)} of {_gib(plan.usable_bytes)} GiB usable "

@@ -388,6 +388,7 @@ def test_prints_tables_and_writes_json(capsys: Capture, plan_file: Path, tmp_pat
     parts = steps["ternary"]["memory"]
     assert parts["peak"] == max(parts["moments"].values())
     assert tree["fits"]
+    assert steps["ternary"]["stage_peak_bytes"] == [parts["peak"]]
 
 
 def test_search_prints_a_ranking(capsys: Capture, plan_file: Path, tmp_path: Path) -> None:
