@@ -217,8 +217,13 @@ def block_saved_bytes(m: ModelConfig, at: Setting) -> dict[str, float]:
     s, b, share = shard(m, at.tp), at.bytes, at.residual_share
     num_up = 1 if m.mlp == "relu2" else 2
     norms = 2 * share * _norm(s.d, m, at)
-    inputs = share * (_input(s.d, 3, at) + _input(s.d, num_up, at))
-    if m.sub_norm:
+    # Gathered whole with sequence parallelism, and kept so.
+    inputs = _input(s.d, 3, at) + _input(s.d, num_up, at)
+    if m.sub_norm and at.tp > 1:
+        # Its columns spread over ranks: the input, a statistic and the result without weight.
+        norms += b * (s.q + 2 * s.f) + 2 * FLOAT_BYTES
+        inputs += _input(s.q, 1, at) + _input(s.f, 1, at)
+    elif m.sub_norm:
         # The attention's output is saved by the attention already.
         norms += _rms_norm(s.q, at, kept_anyway=True) + _rms_norm(s.f, at)
         inputs += _input(s.q, 1, at) + _input(s.f, 1, at)
@@ -262,7 +267,7 @@ def head_saved_bytes(m: ModelConfig, at: Setting) -> dict[str, float]:
     plain = Setting("16 bit", at.way, at.activations_quantized, at.bytes, at.seq_len)
     return {
         "norms": share * _norm(s.d, m, plain),
-        "inputs of linear layers": share * at.bytes * s.d,
+        "inputs of linear layers": float(at.bytes * s.d),
         "logits": float(FLOAT_BYTES * s.vocab + INDEX_BYTES),  # log-softmax and targets
     }
 

@@ -1,6 +1,6 @@
 """Who holds what: ranks, pipeline stages and groups of one configuration on one cluster."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from bitscale.config import Config, check_world_size, quant_spec
 from bitscale.config.spec import QuantSpec
@@ -130,13 +130,38 @@ def make_layout(cfg: Config, cluster: Cluster) -> Layout:
         )
     check_world_size(cfg, cluster.world_size)
     spec = quant_spec(cfg.quant)
-    if spec.norm != "none" or spec.hadamard or spec.product == "codes" or spec.gradient == "trust":
-        raise ConfigError(
-            f"quant.preset={cfg.quant.preset!r} keeps tensors that bitscale plan does not reckon "
-            "with (its own norm, rotation, masks or scaled weights); plan with quant.preset=b158"
-        )
+    _check_spec(cfg, spec)
     _check_raw_keys(cfg)
     return Layout(cfg, cluster, spec, cost.way_of(spec), _stages(cfg, cluster))
+
+
+# Fields of a specification that a plan reckons with, whatever they say within `_check_spec`.
+_KNOWN_FIELDS = {
+    "weight", "activation", "product", "bias", "straight_through", "gradient", "gradient_bits",
+}  # fmt: skip
+_KNOWN_GRADIENTS = ("identity", "clip")
+_KNOWN_MEASURES = ("absmean", "absmedian", "absmax", "twn", "rms")
+
+
+def _check_spec(cfg: Config, spec: QuantSpec) -> None:
+    """Raise ConfigError if the quantizer keeps or computes something that is not reckoned with."""
+    others = [f for f in fields(spec) if f.name not in _KNOWN_FIELDS]
+    is_plain = all(getattr(spec, f.name) == f.default for f in others)
+    if cfg.parallel.tp > 1 and cost.way_of(spec) != "kernels" and spec.activation is not None:
+        raise ConfigError(
+            f"parallel.tp={cfg.parallel.tp} shares the matrices of b158, absmedian and weight-only "
+            f"presets, and quant.preset={cfg.quant.preset!r} is another; use one of them, or tp=1"
+        )
+    is_known = (
+        spec.product != "codes"
+        and spec.gradient in _KNOWN_GRADIENTS
+        and spec.weight.measure in _KNOWN_MEASURES
+    )
+    if not (is_plain and is_known):
+        raise ConfigError(
+            f"quant.preset={cfg.quant.preset!r} keeps tensors that bitscale plan does not reckon "
+            "with (its own norm, rotation, masks, terms or scales); plan with quant.preset=b158"
+        )
 
 
 def _stages(cfg: Config, cluster: Cluster) -> tuple[Stage, ...]:

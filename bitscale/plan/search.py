@@ -24,8 +24,7 @@ def search(
 ) -> Found:
     """Layouts by days to the budget, then by time if nothing overlapped, then by memory.
 
-    Tensor parallelism stays within a node. Raises ConfigError if none is admitted or none fits,
-    and for what no layout could mend.
+    Tensor parallelism stays within a node. Raises ConfigError if none is admitted or none fits.
     """
     fitting, num_admitted, least = [], 0, math.inf
     reason = (
@@ -35,10 +34,10 @@ def search(
     for candidate in candidates(cfg, cluster):
         try:
             check(candidate)
+            plan = make_plan(candidate, cluster, mfu=mfu, efficiency=efficiency, usable=usable)
         except ConfigError as error:
             reason = str(error)
             continue
-        plan = make_plan(candidate, cluster, mfu=mfu, efficiency=efficiency, usable=usable)
         num_admitted, least = num_admitted + 1, min(least, plan.peak_bytes)
         if plan.fits:
             fitting.append(plan)

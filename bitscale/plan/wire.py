@@ -72,55 +72,59 @@ def _data_parallel(layout: Layout, stage: Stage) -> Iterator[Traffic]:
 
 def _tensor_parallel(layout: Layout, stage: Stage, phase: Phase) -> Iterator[Traffic]:
     cfg, m, b = layout.cfg, layout.cfg.model, layout.bytes
-    tokens = layout.micro_batch_tokens * layout.num_micro_batches
-    wide = float(tokens * m.d_model)  # elements of one residual
-    ternary = phase == "ternary"
-    in_integers = ternary and layout.way != "floating"
-    sum_bytes = FLOAT_BYTES if in_integers else b
-    # Row-parallel sums: of o and down; once more when recomputed, but for an unneeded last one.
+    passes, layers = layout.num_micro_batches, stage.num_layers
+    tokens = layout.micro_batch_tokens * passes
+    wide = float(b * tokens * m.d_model)  # bytes of one residual
+    ternary = phase == "ternary" and layout.way == "kernels"
+    # Integer sums of o and down travel in fp32; once more when recomputed, but for an unneeded
+    # last one.
     again = cfg.train.activation_checkpointing
-    num_sums = stage.num_layers * (2 + (2 if in_integers else 1) * again)
-    num_inputs = stage.num_layers * 2 * (2 + again)  # gathered for both passes, see below
+    num_sums = layers * (2 + (2 if ternary else 1) * again)
+    sums = num_sums * wide * (FLOAT_BYTES / b if ternary else 1)
+    at_ends = wide * (stage.has_embedding + stage.has_head)
 
     def over(name: str, collective: Collective, payload: float, in_pass: bool = True) -> Traffic:
         return Traffic(name, collective, payload, layout.tp, 1, in_pass)
 
-    at_ends = b * wide * (stage.has_embedding + stage.has_head)
     if cfg.parallel.sequence_parallel:
-        input_bytes = wide * b
-        codes = ternary and layout.way != "floating" and layout.spec.activation is not None
-        if codes:
-            input_bytes = wide + FLOAT_BYTES * tokens
-        # A layer's input is kept in shares and gathered again for the weight's gradient.
-        name = "sequence, int8 codes" if codes else "sequence"
-        yield over(name, "gather", num_inputs * input_bytes)
-        head_again = b * wide * stage.has_head
-        ends = at_ends + head_again
-        yield over("sequence, gradients", "gather", 2 * stage.num_layers * b * wide + ends)
-        yield over("sums of outputs", "reduce-scatter", num_sums * sum_bytes * wide)
-        yield over("sums of gradients", "reduce-scatter", 2 * stage.num_layers * b * wide + at_ends)
-        vectors = layout.parameters(stage).vectors + layout.parameters(stage).final_norm
-        yield over("gradients of norms", "all-reduce", float(FLOAT_BYTES * vectors), False)
+        # The inputs of q, k, v and of gate, up, kept whole for the backward pass.
+        input_bytes = float(tokens * (m.d_model + FLOAT_BYTES)) if ternary else wide
+        name = "sequence, int8 codes" if ternary else "sequence"
+        yield over(name, "gather", layers * 2 * (1 + again) * input_bytes)
+        yield over("sequence at the ends", "gather", at_ends)
+        yield over("sequence, gradients", "gather", 2 * layers * wide)
+        yield over("sums of outputs", "reduce-scatter", sums)
+        yield over("sums of gradients", "reduce-scatter", 2 * layers * wide + at_ends)
+        norms = (2 * layers + stage.has_head) * m.d_model * m.norm_affine
+        yield over("gradients of norms", "all-reduce", float(b * norms * passes))
     else:
-        yield over("sums of outputs", "all-reduce", num_sums * sum_bytes * wide)
-        yield over("sums of gradients", "all-reduce", 2 * stage.num_layers * b * wide + at_ends)
+        yield over("sums of outputs", "all-reduce", sums)
+        yield over("sums of gradients", "all-reduce", 2 * layers * wide + at_ends)
     if stage.has_head:
-        # The largest logit, the target's and the sum of exponentials (arXiv:1909.08053).
+        # The largest logit; the sum of exponentials and the target's logit (arXiv:1909.08053).
         yield over("loss", "all-reduce", 3.0 * FLOAT_BYTES * tokens)
-    if ternary and layout.spec.activation is not None:
-        # Maxima over the row of o's and down's inputs, with SubLN's sum of squares.
-        numbers = num_sums * tokens * (2 if m.sub_norm else 1)
-        yield over("token scales", "all-reduce", float(FLOAT_BYTES * numbers))
     if ternary:
+        # Maxima over the rows of o's and down's inputs.
+        yield over("token scales", "all-reduce", float(FLOAT_BYTES * num_sums * tokens))
         yield over("weight scales", "all-reduce", _scale_statistics(layout, stage), False)
+    if m.sub_norm:
+        # Sums of squares forward, in fp64, and of products backward.
+        numbers = 8 * (1 + again) + FLOAT_BYTES
+        yield over("sub-norms", "all-reduce", 2.0 * layers * numbers * tokens)
+    replicas = layout.tp // (m.num_kv_heads or m.num_heads)
+    if replicas > 1:
+        shard = cost.shard(m, layout.tp)
+        copies = 2.0 * b * layers * shard.kv * shard.d * passes
+        yield Traffic("replicated key/value heads", "all-reduce", copies, replicas, 1, True)
 
 
 def _scale_statistics(layout: Layout, stage: Stage) -> float:
-    """A sum per matrix in fp64; for a median, histograms of one byte of |w| at a time."""
+    """A sum and a count per matrix in fp64; for a median, counts of each value of one byte of |w|
+    (and of NaN) at a time, in int64."""
     num_matrices = stage.num_layers * len(cost.block_matrices(layout.cfg.model))
     if kernel_measure(layout.spec) == "absmedian":
-        return 8.0 * 256 * layout.bytes * num_matrices
-    return 8.0 * num_matrices
+        return 8.0 * 257 * layout.bytes * num_matrices
+    return 16.0 * num_matrices
 
 
 def _pipeline(layout: Layout, stage: Stage) -> Iterator[Traffic]:

@@ -70,9 +70,9 @@ PARTS = {
 class CountPayload(TorchDispatchMode):
     """Bytes of the whole tensor of each collective."""
 
-    def __init__(self) -> None:
+    def __init__(self, ignored: int = SMALL_PAYLOAD) -> None:
         super().__init__()
-        self.payload: Counter[str] = Counter()
+        self.ignored, self.payload = ignored, Counter[str]()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -81,7 +81,7 @@ class CountPayload(TorchDispatchMode):
         if name.startswith("c10d."):
             whole = max(_bytes(t) for t in _tensors(args))
             for key in ("allreduce", "allgather", "reduce_scatter"):
-                if key in name and whole > SMALL_PAYLOAD:
+                if key in name and whole > self.ignored:
                     self.payload[key] += whole
         return func(*args, **(kwargs or {}))
 

@@ -190,17 +190,17 @@ def test_days_are_the_published_ones(make_config: Callable[..., Config]) -> None
 def test_activation_memory_against_the_published_formula(
     make_config: Callable[..., Config],
 ) -> None:
-    """34 s b h / t a layer with sequence parallelism and no scores kept (arXiv:2205.05198, eq. 4
-    and table 2). Ours in 16 bit: 2 less for no dropout masks, 8 more for norms in fp32."""
-    layout = gpt(96, 12288, 96, 8, 8, 64, 64, make_config)
+    """34 s b h a layer without scores (arXiv:2205.05198, table 2, at t = 1). Ours in 16 bit: 2 less
+    for no dropout masks, 8 more for norms in fp32."""
+    layout = gpt(96, 12288, 96, 1, 8, 64, 64, make_config)
     for phase, expected in (("16 bit", 34 - 2 + 8), ("ternary", 35)):
         at = layout.setting(phase)  # type: ignore[arg-type]
         per_token = sum(cost.block_saved_bytes(layout.cfg.model, at).values())
-        assert per_token * 8 / 12288 == pytest.approx(expected, rel=0.01)
+        assert per_token / 12288 == pytest.approx(expected, rel=0.01)
     # With an RMSNorm, whose codes come in the same pass: a fifth less than Megatron's.
     rms = layout.cfg.model.model_copy(update={"norm": "rmsnorm"})
     per_token = sum(cost.block_saved_bytes(rms, layout.setting("ternary")).values())
-    assert per_token * 8 / 12288 == pytest.approx(27, rel=0.01)
+    assert per_token / 12288 == pytest.approx(27, rel=0.01)
 
 
 # --- Layouts, by hand ---
@@ -251,13 +251,11 @@ def test_sequence_parallel_gathers_half_the_bytes_when_ternary(
         make_config, "parallel={tp: 4, sequence_parallel: true}",
         "model={vocab_size: 96, num_layers: 2, d_model: 4096, num_heads: 32, d_ff: 8192}",
     )  # fmt: skip
-    plain, codes = (
-        sent(layout, "16 bit")["sequence"],
-        sent(layout, "ternary")["sequence, int8 codes"],
-    )
+    plain = sent(layout, "16 bit")["sequence"]
+    codes = sent(layout, "ternary")["sequence, int8 codes"]
     tokens = 8 // 2 * layout.cfg.data.seq_len  # a pipeline's part of the batch
-    # q, k, v and gate, up; for the forward pass and the weights' gradients.
-    assert plain.payload == 2 * 2 * 2 * tokens * 4096 * 2
+    # What q, k, v read and what gate, up read, in two layers.
+    assert plain.payload == 2 * 2 * tokens * 4096 * 2
     assert plain.sent == plain.payload * 3 / 4
     assert codes.payload / plain.payload == pytest.approx(0.5 + 2 / 4096)
     # Integer sums are exact in fp32 and travel so.
@@ -420,6 +418,7 @@ def test_search_prints_a_ranking(capsys: Capture, plan_file: Path, tmp_path: Pat
              "model.num_layers=1", "model.num_heads=1", "model.num_kv_heads=1"],
             ["no layout of 2 ranks is admitted: parallel.tp=2", "num_heads=1"],
         ),
+        (["parallel.tp=2", "quant.preset=twn"], ["parallel.tp=2", "quant.preset='twn'", "or tp=1"]),
         (["quant.preset=sdu"], ["quant.preset='sdu'", "plan with quant.preset=b158"]),
         (["quant.kernel=cpu"], ["quant.kernel='cpu'", "--gpu h200", "quant.kernel=auto"]),
         (
