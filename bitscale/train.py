@@ -260,12 +260,24 @@ def _announce(session: _Session, reader: checkpoint.Reader | None, differences: 
         f"({format_count(sum(count[name] for name in ternary))} in ternary layers), "
         f"{num_steps(cfg):,} steps, {format_count(batches.tokens_seen(num_steps(cfg)))} tokens, "
         f"{cfg.train.dtype}, ZeRO-{cfg.engine.zero_stage}, {mesh.world_size} rank(s) on "
-        f"{mesh.device.type}; {_transition_summary(cfg)}"
+        f"{mesh.device.type}{_layout(cfg)}, kernel {_kernel(session)}; {_transition_summary(cfg)}"
     )
     if reader is not None:
         session.say(f"resumed from {reader.path} at step {step}")
     for difference in differences:
         session.say(f"allowed change: {difference}")
+
+
+def _layout(cfg: Config) -> str:
+    p = cfg.parallel
+    return "" if p.tp == 1 else f" (tp {p.tp}{', sequence parallel' * p.sequence_parallel})"
+
+
+def _kernel(session: _Session) -> str:
+    """What computes the ternary layers, whatever `auto` has chosen."""
+    layers = bit_linears(session.engine.module)
+    names = {"reference" if layer.kernels is None else layer.kernels.name for _, layer in layers}
+    return " and ".join(sorted(names))
 
 
 def _transition_summary(cfg: Config) -> str:
