@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import _world
 
 from bitscale.mesh import Mesh, close_mesh, init_mesh
 
@@ -146,8 +147,21 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
         torch.nn.functional.linear = linear
         if groups := sys.modules.get("deepspeed.utils.groups"):
             groups.mpu = None  # type: ignore[attr-defined]
+        groups_before = set(_world.pg_map)
         _report(pipe, check, mesh, *args)
+        _destroy_groups_beside(groups_before)
     close_mesh()
+
+
+def _destroy_groups_beside(kept: set[Any]) -> None:
+    """Destroy what a check has left: each group's thread wakes up for ever, and hundreds of them
+    slow down whatever runs next."""
+    deepspeed_groups = sys.modules.get("deepspeed.utils.groups")
+    # Made by the first engine and used by all.
+    remembered = getattr(deepspeed_groups, "_WORLD_GROUP", None)
+    for group in list(_world.pg_map):
+        if group not in kept and group is not remembered:
+            torch.distributed.destroy_process_group(group)
 
 
 def _report(pipe: Connection, function: Callable[..., Any], *args: Any) -> None:

@@ -68,7 +68,8 @@ def test_world_size_that_does_not_fit_is_told_once(config_file: Path, tmp_path: 
     lines = [line for line in done.stderr.splitlines() if "global_batch_size" in line]
     assert lines == [
         "error: train.global_batch_size=6 is not a multiple of train.micro_batch_size=2 x "
-        "world_size=2; use a global batch of 4 or 8, or another number of ranks"
+        "2 data-parallel ranks (world_size=2); use a global batch of 4 or 8, or another number of "
+        "ranks"
     ]
     assert not (tmp_path / "run").exists()
 
