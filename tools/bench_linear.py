@@ -192,11 +192,15 @@ def contenders() -> list[Contender]:
 # --- Checking ---
 
 
-def draw(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> Problem:
-    """Gaussian x and gradient, weights of the usual initial size."""
+def draw(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, gradients: str = "gaussian"
+) -> Problem:
+    """Gaussian x, weights of the usual initial size; `gradients`: n, or heavy-tailed n · exp(n)."""
     T, D, F_ = shape
     generator = torch.Generator().manual_seed(0)
     x, w, grad = (torch.randn(s, generator=generator) for s in ((1, T, D), (F_, D), (1, T, F_)))
+    if gradients == "heavy":
+        grad = grad * grad.exp()
     return Problem(*(t.to(device, dtype) for t in (x, 0.02 * w, grad)))
 
 
@@ -281,7 +285,7 @@ def measure(
 ) -> list[Result]:
     """One row a contender; times in turns."""
     problems = {
-        name: draw(shape, dtype, args.device)
+        name: draw(shape, dtype, args.device, args.gradients)
         for name, dtype in DTYPES.items()
         if any((one.dtype or args.dtype) == name for one in picked)
     }
@@ -342,6 +346,19 @@ def measure_norms(shape: tuple[int, int, int], args: argparse.Namespace) -> dict
 
 
 # --- Reporting ---
+
+
+def breakdown(shape: tuple[int, int, int], one: Contender, args: argparse.Namespace) -> str:
+    """Where one forward and backward pass spends its time, by operator."""
+    problem = draw(shape, DTYPES[one.dtype or args.dtype], args.device, args.gradients)
+    layer = one.build(problem)
+    time_once(layer, problem)
+    with torch.profiler.profile() as profiled:
+        time_once(layer, problem)
+    by_device = "self_device_time_total" if problem.x.is_cuda else "self_cpu_time_total"
+    events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, by_device))
+    rows = [f"| {event.key} | {getattr(event, by_device) / 1e3:.2f} |" for event in events[:8]]
+    return "\n".join([f"| {one.name}, {_name_of(shape)} | ms |", "|---|---|", *rows, ""])
 
 
 def provenance(args: argparse.Namespace) -> dict[str, Any]:
@@ -433,6 +450,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shapes", help="tokens x inputs x outputs, comma-separated")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--peers", help=f"comma-separated, of {', '.join(names)}; default: all")
+    parser.add_argument("--gradients", choices=("gaussian", "heavy"), default="gaussian")
+    parser.add_argument("--breakdown", action="store_true", help="ours by operator, too")
     parser.add_argument("--json", type=Path, help="write results and provenance to this file")
     parser.add_argument(
         "--markdown",
@@ -462,6 +481,11 @@ def main(argv: Sequence[str]) -> None:
         results, norms = measure(shape, picked, args), measure_norms(shape, args)
         print(table(shape, results, args.device))
         print(norm_table(norms), flush=True)
+        if args.breakdown:
+            ran = {result.name for result in results if not result.reason}
+            for one in picked:
+                if one.name in ran and one.name.startswith(("cpu-", "triton-")):
+                    print(breakdown(shape, one, args))
         measured.append(
             {"shape": shape, "linear": [asdict(result) for result in results], "norm_ms": norms}
         )

@@ -25,11 +25,12 @@ from compare_zero import (
     CLIP,
     CONFIG,
     NUM_STEPS,
-    PHASES,
     TERNARY_STEP,
     TRANSITION_STEP,
     Curve,
     commit,
+    differences,
+    excesses,
     launch,
     prepare,
     train,
@@ -118,12 +119,14 @@ def main() -> int:
     args.out.write_text(report(curves, codes, str(args.corpus or BUILTIN)), encoding="utf-8")
     print(f"wrote {args.out}")
     failures = [
-        f"{layout.name}: {phase} differs by {difference:.1e}, allowed {limit:.0e}"
+        line
         for layout in LAYOUTS
-        for (phase, difference), limit in zip(
-            differences(curves, layout).items(), TOLERANCES[layout.dtype], strict=True
+        for line in excesses(
+            layout.name,
+            curves[layout],
+            curves[SINGLE[layout.dtype]],
+            TOLERANCES[layout.dtype],
         )
-        if not difference <= limit
     ]
     if len(set(codes.values())) > 1:
         failures.append(f"codes or scales differ: {codes}")
@@ -164,13 +167,6 @@ def print_checksum(path: Path, tp: int) -> None:
     close_mesh()
 
 
-def differences(curves: dict[Layout, Curve], layout: Layout) -> dict[str, float]:
-    """Largest |loss difference| to the single process, in nats, by phase."""
-    single = curves[SINGLE[layout.dtype]].losses
-    each = [abs(a - b) for a, b in zip(curves[layout].losses, single, strict=True)]
-    return {phase: max(each[steps]) for phase, steps in PHASES.items()}
-
-
 def report(curves: dict[Layout, Curve], codes: dict[int, str], corpus_name: str) -> str:
     rows = []
     for layout in LAYOUTS:
@@ -182,8 +178,8 @@ def report(curves: dict[Layout, Curve], codes: dict[int, str], corpus_name: str)
         if layout == SINGLE[layout.dtype]:
             rows.append(place + "the single process ||||")
             continue
-        figures = [*differences(curves, layout).values()]
         single = curves[SINGLE[layout.dtype]]
+        figures = [*differences(curves[layout], single).values()]
         figures.append(abs(curves[layout].valid_loss - single.valid_loss))
         rows.append(place + " | ".join(f"{f:.1e}" if f else "0" for f in figures) + " |")
     return TEXT.format(

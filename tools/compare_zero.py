@@ -105,12 +105,11 @@ def main() -> int:
     args.out.write_text(report(curves, corpus_name), encoding="utf-8")
     print(f"wrote {args.out}")
     outside = [
-        f"{layout.name}: {phase} differs by {difference:.1e}, allowed {limit:.0e}"
+        line
         for layout in LAYOUTS
-        for (phase, difference), limit in zip(
-            differences(curves, layout).items(), TOLERANCES[layout.dtype], strict=True
+        for line in excesses(
+            layout.name, curves[layout], single_of(curves, layout), TOLERANCES[layout.dtype]
         )
-        if not difference <= limit
     ]
     print("\n".join(outside) or "every curve is within its tolerance")
     return 1 if outside else 0
@@ -169,11 +168,27 @@ def read_curve(run_dir: Path) -> Curve:
     )
 
 
-def differences(curves: dict[Layout, Curve], layout: Layout) -> dict[str, float]:
+def single_of(curves: dict[Layout, Curve], layout: Layout) -> Curve:
+    return curves[Layout(layout.dtype, FIRST_STAGE[layout.dtype], 1)]
+
+
+def differences(curve: Curve, single: Curve) -> dict[str, float]:
     """Largest |loss difference| to the single process, in nats, by phase."""
-    single = curves[Layout(layout.dtype, FIRST_STAGE[layout.dtype], 1)].losses
-    each = [abs(a - b) for a, b in zip(curves[layout].losses, single, strict=True)]
+    each = [abs(a - b) for a, b in zip(curve.losses, single.losses, strict=True)]
     return {phase: max(each[steps]) for phase, steps in PHASES.items()}
+
+
+def excesses(
+    name: str, curve: Curve, single: Curve, limits: tuple[float, float, float]
+) -> list[str]:
+    """What differs by more than is allowed, in words."""
+    return [
+        f"{name}: {phase} differs by {difference:.1e}, allowed {limit:.0e}"
+        for (phase, difference), limit in zip(
+            differences(curve, single).items(), limits, strict=True
+        )
+        if not difference <= limit
+    ]
 
 
 def report(curves: dict[Layout, Curve], corpus_name: str) -> str:
@@ -207,10 +222,10 @@ def report(curves: dict[Layout, Curve], corpus_name: str) -> str:
 
 
 def _row(curves: dict[Layout, Curve], layout: Layout) -> str:
-    single = curves[Layout(layout.dtype, FIRST_STAGE[layout.dtype], 1)]
+    single = single_of(curves, layout)
     if curves[layout] is single:
         return f"| {layout.dtype} | {layout.stage} | 1 | the single process ||||"
-    figures = [*differences(curves, layout).values()]
+    figures = [*differences(curves[layout], single).values()]
     figures.append(abs(curves[layout].valid_loss - single.valid_loss))
     cells = [f"{figure:.1e}" if figure else "0" for figure in figures]
     place = f"`{layout.change}`" if layout.change else f"{layout.stage} | {layout.ranks}"

@@ -91,8 +91,8 @@ def ternary_block_spec(layer: ModuleSpec, num_layers: int) -> TransformerBlockSu
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=MegatronRMSNorm)
 
 
-class BitColumnParallelLinear(ColumnParallel, ColumnParallelLinear):  # type: ignore[misc]
-    """linear_qkv or linear_fc1. λ = 0 is megatron-core's own layer."""
+class _TernaryModule:
+    """Construction of a megatron-core layer, whose class follows this one, as a ternary one."""
 
     def __init__(
         self,
@@ -104,8 +104,19 @@ class BitColumnParallelLinear(ColumnParallel, ColumnParallelLinear):  # type: ig
         kernel: str = "reference",
         **options: Any,
     ) -> None:
-        ColumnParallelLinear.__init__(self, input_size, output_size, **options)
+        super().__init__(input_size, output_size, **options)  # type: ignore[call-arg]
         _set_up(self, quant, source, kernel)
+
+
+class BitColumnParallelLinear(
+    _TernaryModule,
+    ColumnParallel,
+    ColumnParallelLinear,  # type: ignore[misc]
+):
+    """linear_qkv or linear_fc1. λ = 0 is megatron-core's own layer."""
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)
         matrices = _matrices_of_rows(self, options.get("tp_comm_buffer_name"))
         if matrices is not None:
             self.matrix_F, self.num_matrices = matrices
@@ -130,26 +141,16 @@ class BitColumnParallelLinear(ColumnParallel, ColumnParallelLinear):  # type: ig
         return y, self.bias if self.skip_bias_add else None
 
 
-class BitRowParallelLinear(RowParallel, RowParallelLinear):  # type: ignore[misc]
+class BitRowParallelLinear(_TernaryModule, RowParallel, RowParallelLinear):  # type: ignore[misc]
     """linear_proj or linear_fc2. λ = 0 is megatron-core's own layer."""
 
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        quant: Quant | str = "b158",
-        source: StrengthSource | None = None,
-        kernel: str = "reference",
-        **options: Any,
-    ) -> None:
-        RowParallelLinear.__init__(self, input_size, output_size, **options)
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)
         if not self.input_is_parallel:
             raise ConfigError(
                 "BitRowParallelLinear: input_is_parallel=False; a ternary row-parallel layer "
                 "takes the columns that its rank's column-parallel layer made"
             )
-        _set_up(self, quant, source, kernel)
 
     def forward(  # type: ignore[override]
         self, input_: Tensor

@@ -23,7 +23,7 @@ def test_results_reasons_and_provenance(
 ) -> None:
     path = tmp_path / "out.json"
     names = ["linear-fp32", "linear-bf16", "fake", "onebitllms", "reference", "triton-int8"]
-    options = "--device cpu --shapes 70x32x48 --repeats 2 --markdown"
+    options = "--device cpu --shapes 70x32x48 --repeats 2 --markdown --gradients heavy --breakdown"
     bench([*options.split(), "--peers", ",".join(names), "--json", str(path)])
     content = json.loads(path.read_text())
     assert set(content["provenance"]) >= {"device", "versions", "commit", "command", "date"}
