@@ -166,9 +166,7 @@ def share_model(mesh: Mesh, tp: int, num_kv_heads: int, pp: int = 1) -> Mesh:
     if pp > 1:
         lines = [range(first, world_size, stride) for first in range(stride)]
         ends = [line[:: pp - 1] for line in lines]
-        mesh = replace(
-            mesh, pp_group=_own_group(mesh, lines), ends_group=_own_group(mesh, ends)
-        )
+        mesh = replace(mesh, pp_group=_own_group(mesh, lines), ends_group=_own_group(mesh, ends))
     return mesh
 
 

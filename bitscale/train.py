@@ -196,7 +196,8 @@ def _set_up(
         tensorboard=cfg.log.tensorboard,
     )
     if telemetry is not None and reader is not None:
-        telemetry.read(engine.gathered, compute=mesh.speaks_for_stage)  # flips count from the checkpoint
+        # Flips count from the checkpoint.
+        telemetry.read(engine.gathered, compute=mesh.speaks_for_stage)
     return _Session(cfg, mesh, corpora, engine, batches, recorder, telemetry, identity)
 
 

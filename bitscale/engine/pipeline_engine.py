@@ -38,7 +38,8 @@ class PipelineEngine(TrainEngine):
         self._tied_grad: Tensor | None = None
         if self._copy is not None:
             self._tied_grad = torch.zeros_like(self._copy, dtype=torch.float32)
-            self._copy.register_post_accumulate_grad_hook(self._collect_tied_grad)
+            hook: Any = self._copy.register_post_accumulate_grad_hook
+            hook(self._collect_tied_grad)
 
     def train_step(
         self, micro_batches: Iterable[MicroBatch], *, lr: float, weight_decay: float

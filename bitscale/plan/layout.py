@@ -105,6 +105,11 @@ class Layout:
             has_head=stage.has_head,
         )
 
+    def tied_copy(self, stage: Stage) -> int:
+        """Elements of the last stage's copy of the embedding, which no optimizer of it holds."""
+        has_copy = self.cfg.model.tie_embeddings and self.pp > 1 and stage.has_head
+        return self.parameters(stage).head if has_copy else 0
+
     def link_gb_per_second(self, num_ranks: int, stride: int) -> float:
         """What a rank of a group sends at most; its ranks stand `stride` apart.
 
