@@ -36,7 +36,7 @@ from bitscale.mesh import (
     under_launcher,
     world_size_from_environment,
 )
-from bitscale.model.bitlinear import is_scale, set_strength
+from bitscale.model.bitlinear import bit_linears, is_scale, set_strength
 from bitscale.model.stages import make_model
 from bitscale.optim import learning_rate, weight_decay
 from bitscale.preemption import StopRequest
@@ -245,12 +245,30 @@ def _announce(session: _Session, reader: checkpoint.Reader | None, differences: 
         f"({format_count(sum(count[name] for name in ternary))} in ternary layers), "
         f"{num_steps(cfg):,} steps, {format_count(batches.tokens_seen(num_steps(cfg)))} tokens, "
         f"{cfg.train.dtype}, ZeRO-{cfg.engine.zero_stage}, {mesh.world_size} rank(s) on "
-        f"{mesh.device.type}; {_transition_summary(cfg)}"
+        f"{mesh.device.type}{_layout(cfg)}, kernel {_kernel(session)}; {_transition_summary(cfg)}"
     )
     if reader is not None:
         session.say(f"resumed from {reader.path} at step {step}")
     for difference in differences:
         session.say(f"allowed change: {difference}")
+
+
+def _layout(cfg: Config) -> str:
+    p = cfg.parallel
+    shared = [
+        f"tp {p.tp}" if p.tp > 1 else "",
+        "sequence parallel" if p.sequence_parallel else "",
+        f"pp {p.pp}" if p.pp > 1 else "",
+    ]
+    named = ", ".join(filter(None, shared))
+    return f" ({named})" if named else ""
+
+
+def _kernel(session: _Session) -> str:
+    """What computes the ternary layers, whatever `auto` has chosen."""
+    layers = bit_linears(session.engine.module)
+    names = {"reference" if layer.kernels is None else layer.kernels.name for _, layer in layers}
+    return " and ".join(sorted(names))
 
 
 def _transition_summary(cfg: Config) -> str:

@@ -93,7 +93,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/results/zero-equivalence.md"))
     parser.add_argument("--work", type=Path, default=Path("runs/compare-zero"))
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
+    args.work.mkdir(parents=True, exist_ok=True)  # delete it to repeat every run
     (args.work / "config.yaml").write_text(CONFIG, encoding="utf-8")
     corpus = args.corpus or prepare(args.work / "corpus")
     corpus_name = str(args.corpus or BUILTIN)
@@ -123,8 +123,14 @@ def prepare(directory: Path) -> Path:
 
 
 def train(name: str, num_ranks: int, overrides: list[str], corpus: Path, work: Path) -> Curve:
-    """Launch `work`/config.yaml with the overrides and read its metrics back."""
+    """Launch `work`/config.yaml with the overrides and read its metrics back.
+
+    A run that an interrupted comparison has finished in `work` is not repeated.
+    """
     run_dir = work / name
+    if is_finished(run_dir):
+        print(f"{name}: finished before", flush=True)
+        return read_curve(run_dir)
     shutil.rmtree(run_dir, ignore_errors=True)
     command = ["bitscale.cli.main", "train", str(work / "config.yaml"), f"run.dir={run_dir}"]
     command += [f"data.corpora=[{{path: {corpus}}}]", *overrides]
@@ -144,6 +150,13 @@ def launch(program: list[str], num_ranks: int) -> str:
     command = [sys.executable, *launcher, *program]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return done.stdout
+
+
+def is_finished(run_dir: Path) -> bool:
+    metrics = run_dir / METRICS_NAME
+    return metrics.is_file() and any(
+        line.get("event") == "finished" for _, _, line in read_lines(metrics)
+    )
 
 
 def read_curve(run_dir: Path) -> Curve:

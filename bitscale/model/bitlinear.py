@@ -357,7 +357,7 @@ def prepare_weights(model: nn.Module) -> None:
     Call it after `set_strength` and before the micro-batches of a step. Without it every forward
     pass quantizes for itself, with the same result. A weight that is changed in place, or whose
     storage or λ is another, is noticed and quantized anew; one that is written through `.data`
-    (DeepSpeed does) is not: call `forget_weights` then.
+    (DeepSpeed does) is not: call `forget_weights` then. A compiled graph notices neither.
     """
     batches: dict[Callable[..., None], list[QuantizedLinear]] = {}
     for _, layer in bit_linears(model):

@@ -37,7 +37,7 @@ from bitscale.model.collectives import (
     sum_and_split_sequence,
     sum_over_group,
 )
-from bitscale.quant.kernels.linear import input_grad, placeholder_grad, ternary_linear
+from bitscale.quant.kernels.linear import keep_for_grads, kept_grads, ternary_linear
 from bitscale.quant.kernels.table import GradientBits, Kernels
 from bitscale.quant.reference import (
     MAX_EXACT_INPUTS,
@@ -354,10 +354,10 @@ class _RowTernaryLinear(torch.autograd.Function):
         main_grad_FD: Tensor | None,
         tp: TensorGroup,
     ) -> Tensor:
-        ctx.save_for_backward(x_codes_TD, x_scale_T1, w_codes_FD, w_scale)
-        ctx.kernels, ctx.bits, ctx.main_grad_FD, ctx.tp = kernels, bits, main_grad_FD, tp
-        ctx.weight_dtype = w_FD.dtype
-        ctx.weight = None if main_grad_FD is None else w_FD
+        keep_for_grads(
+            ctx, x_codes_TD, x_scale_T1, w_codes_FD, w_scale, w_FD, kernels, bits, main_grad_FD
+        )
+        ctx.tp = tp
         rows = Int8Rows(x_codes_TD, torch.ones_like(x_scale_T1))
         weight = Ternary(w_codes_FD, torch.ones_like(w_scale))
         # fp32 holds these integers, and their sum over the ranks, exactly.
@@ -372,17 +372,5 @@ class _RowTernaryLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_codes_TD, x_scale_T1, w_codes_FD, w_scale = ctx.saved_tensors
-        needs_x, needs_w = ctx.needs_input_grad[:2]
         grad_TF = all_gather(grads[0], ctx.tp.group) if ctx.tp.sequence_parallel else grads[0]
-        grad_x = grad_w = None
-        if needs_x:
-            grad_x = input_grad(ctx.kernels, grad_TF, Ternary(w_codes_FD, w_scale), ctx.bits)
-        if needs_w:
-            rows = Int8Rows(x_codes_TD, x_scale_T1)
-            grad_w = ctx.kernels.weight_grad(
-                grad_TF, rows, ctx.weight_dtype, ctx.main_grad_FD, ctx.bits
-            )
-            if ctx.main_grad_FD is not None:
-                grad_w = placeholder_grad(ctx.weight)
-        return (grad_x, grad_w, *[None] * 8)
+        return (*kept_grads(ctx, grad_TF), *[None] * 8)

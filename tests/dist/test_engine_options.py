@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_runs import (
     NO_PERSISTENCE,
+    TERNARY_STEP,
     Curve,
     make_batches,
     make_engine,
@@ -20,7 +21,7 @@ from tiny_runs import (
 from world import World
 
 from bitscale.config import Config
-from bitscale.errors import ConfigError
+from bitscale.errors import ConfigError, KernelUnavailable
 from bitscale.mesh import Mesh
 from bitscale.quant.reference import ternarize
 from bitscale.telemetry import TernaryTelemetry
@@ -52,6 +53,51 @@ def test_activation_checkpointing_changes_nothing(
                 ours = recomputed.states[step][name]
                 assert torch.equal(ours.master, whole.master), (step, name)
                 assert torch.equal(ours.exp_avg_sq, whole.exp_avg_sq), (step, name)
+
+
+def train_on_kernels(mesh: Mesh, cfg: Config, corpus: Path) -> list[Curve] | str:
+    """With the specification, the CPU's kernels, and whole-number gradients of 24 bits on both."""
+    curves = []
+    try:
+        for bits in (None, 24):
+            for kernel in ("reference", "cpu"):
+                changed = cfg.quant.model_copy(update={"kernel": kernel, "gradient_bits": bits})
+                curves.append(train(mesh, cfg.model_copy(update={"quant": changed}), corpus))
+    except KernelUnavailable as error:
+        return str(error)
+    return curves
+
+
+def test_kernels_change_only_rounding(
+    world_of: Callable[[int], World], corpus_prefix: Path
+) -> None:
+    cfg = tiny_config(1, "fp32", model={"sub_norm": True})
+    for curves in world_of(2).run(train_on_kernels, cfg, corpus_prefix):
+        if isinstance(curves, str):
+            pytest.skip(curves)  # a processor without exact int8 products
+        plain = curves[0].losses
+        for curve in curves[1:]:
+            # λ < 1: the products are PyTorch's, on codes that are equal.
+            assert curve.losses[:TERNARY_STEP] == plain[:TERNARY_STEP]
+            differences = [abs(a - b) for a, b in zip(curve.losses, plain, strict=True)]
+            assert max(differences) < 1e-3, differences
+        # Integer products are exact in any order; the norms' gradients are not.
+        pairs = zip(curves[2].losses, curves[3].losses, strict=True)
+        assert max(abs(a - b) for a, b in pairs) < 1e-5
+
+
+def build_triton(mesh: Mesh, cfg: Config) -> str:
+    with pytest.raises(KernelUnavailable) as error:
+        make_engine(cfg, mesh)
+    return str(error.value)
+
+
+def test_kernels_that_do_not_run_here_are_an_error_at_the_start(
+    world_of: Callable[[int], World],
+) -> None:
+    cfg = tiny_config(1, "fp32", quant={"kernel": "triton"})
+    for message in world_of(2).run(build_triton, cfg):
+        assert message.startswith("quant.kernel='triton' needs an NVIDIA GPU and the tensors are")
 
 
 def check_telemetry(mesh: Mesh, cfg: Config, corpus: Path) -> bool:
@@ -110,7 +156,8 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(world_of: Callable[[int]
     for message in world_of(2).run(build, cfg):
         assert message == (
             "train.global_batch_size=9 is not a multiple of train.micro_batch_size=3 x 2 "
-            "data-parallel ranks (world_size=2); use a global batch of 6 or 12, or another number of ranks"
+            "data-parallel ranks (world_size=2); use a global batch of 6 or 12, or another number "
+            "of ranks"
         )
 
 
@@ -118,7 +165,8 @@ def test_the_train_command_refuses_it_before_anything_is_started(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")  # as a launcher of 3 ranks sets it
-    with pytest.raises(ConfigError, match="3 data-parallel ranks .world_size=3.; use a global batch of 6"):
+    match = r"3 data-parallel ranks \(world_size=3\); use a global batch of 6 or 9, or another"
+    with pytest.raises(ConfigError, match=match):
         train_command(tiny_config(1, "fp32"))
     assert not torch.distributed.is_initialized()
 

@@ -27,7 +27,6 @@ from bitscale.model.decoder import Decoder
 from bitscale.plan import DEFAULT_EFFICIENCY, Cluster, find_gpu, make_plan, search, to_tree
 from bitscale.plan.layout import GIB, Layout, make_layout
 from bitscale.plan.memory import memory
-from bitscale.plan.memory import memory
 from bitscale.plan.speed import bound, phase_steps, run_days, step_flops
 from bitscale.plan.wire import Traffic, traffic
 from bitscale.plan.zero3 import Use, gathered

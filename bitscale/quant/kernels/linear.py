@@ -82,34 +82,53 @@ class _TernaryLinear(torch.autograd.Function):
         bits: GradientBits,
         main_grad_FD: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x_codes_TD, x_scale_T1, w_codes_FD, w_scale)
-        ctx.kernels, ctx.bits, ctx.main_grad_FD = kernels, bits, main_grad_FD
-        ctx.weight_dtype = w_FD.dtype
-        ctx.weight = None if main_grad_FD is None else w_FD
+        keep_for_grads(
+            ctx, x_codes_TD, x_scale_T1, w_codes_FD, w_scale, w_FD, kernels, bits, main_grad_FD
+        )
         x, weight = Int8Rows(x_codes_TD, x_scale_T1), Ternary(w_codes_FD, w_scale)
         return _product(kernels, x, weight, bias_F, x_TD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_codes_TD, x_scale_T1, w_codes_FD, w_scale = ctx.saved_tensors
-        needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
-        grad_TF = grads[0]
-        grad_x = grad_w = grad_bias = None
-        if needs_x:
-            grad_x = input_grad(ctx.kernels, grad_TF, Ternary(w_codes_FD, w_scale), ctx.bits)
-        if needs_w:
-            grad_w = ctx.kernels.weight_grad(
-                grad_TF,
-                Int8Rows(x_codes_TD, x_scale_T1),
-                ctx.weight_dtype,
-                ctx.main_grad_FD,
-                ctx.bits,
-            )
-            if ctx.main_grad_FD is not None:
-                grad_w = placeholder_grad(ctx.weight)
-        if needs_bias:
+        grad_TF, grad_bias = grads[0], None
+        grad_x, grad_w = kept_grads(ctx, grad_TF)
+        if ctx.needs_input_grad[2]:
             grad_bias = grad_TF.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.weight_dtype)
         return grad_x, grad_w, grad_bias, None, None, None, None, None, None, None
+
+
+def keep_for_grads(
+    ctx: Any,
+    x_codes_TD: Tensor,
+    x_scale_T1: Tensor,
+    w_codes_FD: Tensor,
+    w_scale: Tensor,
+    w_FD: Tensor,
+    kernels: Kernels,
+    bits: GradientBits,
+    main_grad_FD: Tensor | None,
+) -> None:
+    """What `kept_grads` needs, of an autograd function whose first inputs are x and w."""
+    ctx.save_for_backward(x_codes_TD, x_scale_T1, w_codes_FD, w_scale)
+    ctx.kernels, ctx.bits, ctx.main_grad_FD = kernels, bits, main_grad_FD
+    ctx.weight_dtype = w_FD.dtype
+    ctx.weight = None if main_grad_FD is None else w_FD
+
+
+def kept_grads(ctx: Any, grad_TF: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(∂L/∂x, ∂L/∂w), each if it is wanted."""
+    x_codes_TD, x_scale_T1, w_codes_FD, w_scale = ctx.saved_tensors
+    grad_x = grad_w = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _input_grad(ctx.kernels, grad_TF, Ternary(w_codes_FD, w_scale), ctx.bits)
+    if ctx.needs_input_grad[1]:
+        rows = Int8Rows(x_codes_TD, x_scale_T1)
+        grad_w = ctx.kernels.weight_grad(
+            grad_TF, rows, ctx.weight_dtype, ctx.main_grad_FD, ctx.bits
+        )
+        if ctx.main_grad_FD is not None:
+            grad_w = _placeholder_grad(ctx.weight)
+    return grad_x, grad_w
 
 
 def _product(
@@ -124,7 +143,7 @@ def _product(
     return (y_TF if bias_F is None else y_TF + bias_F.float()).to(dtype)
 
 
-def input_grad(kernels: Kernels, grad_TF: Tensor, weight: Ternary, bits: GradientBits) -> Tensor:
+def _input_grad(kernels: Kernels, grad_TF: Tensor, weight: Ternary, bits: GradientBits) -> Tensor:
     """∂L/∂x [T, D]; s a scalar, or one for each output, [F], which then enters before the sum."""
     if not weight.scale.dim():
         return kernels.input_grad(grad_TF, weight, bits)
@@ -133,7 +152,7 @@ def input_grad(kernels: Kernels, grad_TF: Tensor, weight: Ternary, bits: Gradien
     return kernels.input_grad(scaled_TF, Ternary(weight.codes_FD, one), bits)
 
 
-def placeholder_grad(weight: Tensor) -> Tensor | None:
+def _placeholder_grad(weight: Tensor) -> Tensor | None:
     """What `weight` receives as its gradient when that went into main_grad."""
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
