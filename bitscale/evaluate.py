@@ -60,8 +60,9 @@ def evaluate(
         ):
             totals[0] += token_losses(batch).double().sum()
             totals[1] += batch.num_targets
-        # Ranks that share the model have each counted the same.
-        corpus_nats, corpus_tokens = (mesh.sum(totals) / mesh.tp_size).tolist()
+        # Ranks that share a model have all counted the same batches.
+        sharing = mesh.world_size // mesh.dp_size
+        corpus_nats, corpus_tokens = (mesh.sum(totals) / sharing).tolist()
         nats += corpus_nats
         num_tokens += int(corpus_tokens)
         num_bytes += corpus.splits[split].num_bytes * corpus_tokens / shard.num_tokens

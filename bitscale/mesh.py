@@ -20,7 +20,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this process stands. Tensor-parallel ranks are neighbours: tp varies fastest."""
+    """Where this process stands. Tensor-parallel ranks are neighbours: tp varies fastest, then data
+    parallelism, then the pipeline stage (the order of DeepSpeed and Megatron-LM)."""
 
     rank: int
     world_size: int
@@ -30,6 +31,10 @@ class Mesh:
     tp_size: int = 1
     tp_group: dist.ProcessGroup | None = None  # None: one rank
     dp_group: dist.ProcessGroup | None = None  # None: all ranks
+    pp_size: int = 1
+    pp_group: dist.ProcessGroup | None = None  # one rank of each stage; None: one stage
+    # The first and the last of them, where this rank is one of these.
+    ends_group: dist.ProcessGroup | None = None
     # Tensor-parallel ranks that hold the same key/value head.
     kv_replicas: int = 1
     kv_group: dist.ProcessGroup | None = None
@@ -40,11 +45,25 @@ class Mesh:
 
     @property
     def dp_size(self) -> int:
-        return self.world_size // self.tp_size
+        return self.world_size // (self.tp_size * self.pp_size)
 
     @property
     def dp_rank(self) -> int:
-        return self.rank // self.tp_size
+        return self.rank // self.tp_size % self.dp_size
+
+    @property
+    def pp_rank(self) -> int:
+        return self.rank // (self.tp_size * self.dp_size)
+
+    @property
+    def stride(self) -> int:
+        """Distance in ranks from one pipeline stage to the next."""
+        return self.tp_size * self.dp_size
+
+    @property
+    def speaks_for_stage(self) -> bool:
+        """Whether this is the first rank of its pipeline stage."""
+        return self.rank % self.stride == 0
 
     @property
     def is_main(self) -> bool:
@@ -119,34 +138,42 @@ def init_mesh(device: str, num_threads: int = 0) -> Mesh:
     return Mesh(rank, world_size, local_rank, local_world_size, torch_device)
 
 
-def share_model(mesh: Mesh, tp: int, num_kv_heads: int) -> Mesh:
-    """`mesh` with groups of `tp` neighbouring ranks (a collective over all ranks).
+def share_model(mesh: Mesh, tp: int, num_kv_heads: int, pp: int = 1) -> Mesh:
+    """`mesh` with groups of `tp` neighbouring ranks, in `pp` stages (a collective over all ranks).
 
     With fewer key/value heads than tensor-parallel ranks, tp / num_kv_heads neighbours share one.
     """
-    assert mesh.world_size % tp == 0, "checked by check_world_size"
-    if tp == 1:
+    world_size = mesh.world_size
+    assert world_size % (tp * pp) == 0, "checked by check_world_size"
+    if tp * pp == 1:
         return mesh
-    replicas = max(tp // num_kv_heads, 1)
-    starts = range(0, mesh.world_size, tp)
-    return replace(
-        mesh,
-        tp_size=tp,
-        tp_group=_own_group(mesh, [range(start, start + tp) for start in starts]),
-        dp_group=_own_group(mesh, [range(first, mesh.world_size, tp) for first in range(tp)]),
-        kv_replicas=replicas,
-        kv_group=None
-        if replicas == 1
-        else _own_group(
-            mesh, [range(s, s + replicas) for s in range(0, mesh.world_size, replicas)]
-        ),
-    )
+    stride = world_size // pp
+    by_dp = [
+        range(stage + first, stage + stride, tp)
+        for stage in range(0, world_size, stride)
+        for first in range(tp)
+    ]
+    mesh = replace(mesh, tp_size=tp, pp_size=pp, dp_group=_own_group(mesh, by_dp))
+    if tp > 1:
+        replicas = max(tp // num_kv_heads, 1)
+        heads = [range(s, s + replicas) for s in range(0, world_size, replicas)]
+        mesh = replace(
+            mesh,
+            tp_group=_own_group(mesh, [range(s, s + tp) for s in range(0, world_size, tp)]),
+            kv_replicas=replicas,
+            kv_group=None if replicas == 1 else _own_group(mesh, heads),
+        )
+    if pp > 1:
+        lines = [range(first, world_size, stride) for first in range(stride)]
+        ends = [line[:: pp - 1] for line in lines]
+        mesh = replace(mesh, pp_group=_own_group(mesh, lines), ends_group=_own_group(mesh, ends))
+    return mesh
 
 
-def _own_group(mesh: Mesh, groups: list[range]) -> dist.ProcessGroup:
+def _own_group(mesh: Mesh, groups: list[range]) -> dist.ProcessGroup | None:
     """The group that this rank is in; every rank makes all of them, in the same order."""
     made = [(dist.new_group(list(ranks)), ranks) for ranks in groups]
-    return cast(dist.ProcessGroup, next(group for group, ranks in made if mesh.rank in ranks))
+    return next((group for group, ranks in made if mesh.rank in ranks), None)
 
 
 def close_mesh() -> None:

@@ -4,16 +4,19 @@ Formulas and sources: docs/schedules.md.
 """
 
 import math
+from collections.abc import Iterable
 
 from torch import nn
 
 from bitscale.config import Config, num_steps, point_step, span_steps, transition_step
 
 
-def decayed_and_not(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def decayed_and_not(
+    parameters: Iterable[nn.Parameter],
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Matrices decay; norms, biases and scales (fewer than two dimensions) do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+    trained = [p for p in parameters if p.requires_grad]
+    return [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
 
 
 def learning_rate(step: int, cfg: Config) -> float:

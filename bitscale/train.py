@@ -25,8 +25,8 @@ from bitscale.config import (
 )
 from bitscale.data.batches import Batches
 from bitscale.data.corpus import PreparedCorpus
-from bitscale.engine import StepResult, TrainEngine
-from bitscale.errors import ConfigError, NonFiniteLoss
+from bitscale.engine import StepResult, TrainEngine, make_engine
+from bitscale.errors import NonFiniteLoss
 from bitscale.evaluate import EvalResult, evaluate
 from bitscale.mesh import (
     Mesh,
@@ -37,8 +37,7 @@ from bitscale.mesh import (
     world_size_from_environment,
 )
 from bitscale.model.bitlinear import bit_linears, is_scale, set_strength
-from bitscale.model.decoder import Decoder
-from bitscale.model.layers import ranks_of
+from bitscale.model.stages import make_model
 from bitscale.optim import learning_rate, weight_decay
 from bitscale.preemption import StopRequest
 from bitscale.quant.schedule import Strength, quant_strength
@@ -92,7 +91,6 @@ def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[st
         BitscaleError: anything that a user can mend, before a step is taken; NonFiniteLoss later.
     """
     check_world_size(cfg, world_size_from_environment())
-    _refuse_pipeline(cfg)
     corpora = run.load_corpora(cfg)
     cfg = run.resolve_vocab(cfg, corpora[0].vocab_size)
     identity = run.identity(cfg, corpora)
@@ -103,7 +101,7 @@ def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[st
         differences = run.check_identity(identity, reader.meta.identity, reader.path, allow_change)
 
     mesh = init_mesh(cfg.engine.device, cfg.engine.num_threads)
-    mesh = share_model(mesh, cfg.parallel.tp, num_kv_heads(cfg))
+    mesh = share_model(mesh, cfg.parallel.tp, num_kv_heads(cfg), cfg.parallel.pp)
     try:
         session = _set_up(cfg, mesh, corpora, identity, reader)
         _announce(session, reader, differences)
@@ -114,14 +112,6 @@ def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[st
         return outcome
     finally:
         close_mesh()
-
-
-def _refuse_pipeline(cfg: Config) -> None:
-    if cfg.parallel.pp > 1:
-        raise ConfigError(
-            f"parallel.pp={cfg.parallel.pp}: `bitscale train` has no pipeline so far; use "
-            "parallel.pp=1 with tensor parallelism or ZeRO"
-        )
 
 
 def _loop(session: _Session, start: int, stop_request: StopRequest) -> Outcome:
@@ -188,15 +178,9 @@ def _set_up(
         reset_attention=cfg.data.reset_attention,
     )
     torch.manual_seed(cfg.train.seed)
-    model = Decoder(
-        cfg.model,
-        cfg.quant,
-        seed=cfg.train.seed,
-        activation_checkpointing=cfg.train.activation_checkpointing,
-        ranks=ranks_of(mesh, sequence_parallel=cfg.parallel.sequence_parallel),
-    )
+    model = make_model(cfg, mesh)
     telemetry = TernaryTelemetry(model) if cfg.log.telemetry_every else None
-    engine = TrainEngine(cfg, model, mesh)
+    engine = make_engine(cfg, model, mesh)
     if reader is not None:
         _restore(engine, mesh, reader)
     if mesh.is_main:
@@ -212,7 +196,8 @@ def _set_up(
         tensorboard=cfg.log.tensorboard,
     )
     if telemetry is not None and reader is not None:
-        telemetry.read(engine.gathered, compute=mesh.is_main)  # flips count from the checkpoint
+        # Flips count from the checkpoint.
+        telemetry.read(engine.gathered, compute=mesh.speaks_for_stage)
     return _Session(cfg, mesh, corpora, engine, batches, recorder, telemetry, identity)
 
 
@@ -253,7 +238,7 @@ def _announce(session: _Session, reader: checkpoint.Reader | None, differences: 
     source = {} if reader is None else {"checkpoint": str(reader.path)}
     session.recorder.event(step, batches.tokens_seen(step), event, **details, **source)
     shapes = session.engine.parameter_shapes()
-    ternary = {f"{name}.weight" for name, _ in bit_linears(session.engine.module)}
+    ternary = session.engine.ternary_weights()
     count = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     session.say(
         f"run {cfg.run.dir}: {format_count(sum(count.values()))} parameters "
@@ -270,7 +255,13 @@ def _announce(session: _Session, reader: checkpoint.Reader | None, differences: 
 
 def _layout(cfg: Config) -> str:
     p = cfg.parallel
-    return "" if p.tp == 1 else f" (tp {p.tp}{', sequence parallel' * p.sequence_parallel})"
+    shared = [
+        f"tp {p.tp}" if p.tp > 1 else "",
+        "sequence parallel" if p.sequence_parallel else "",
+        f"pp {p.pp}" if p.pp > 1 else "",
+    ]
+    named = ", ".join(filter(None, shared))
+    return f" ({named})" if named else ""
 
 
 def _kernel(session: _Session) -> str:
@@ -402,7 +393,11 @@ def _evaluate(session: _Session, done: int) -> EvalResult | None:
 
 def _read_telemetry(session: _Session, done: int) -> None:
     assert session.telemetry is not None
-    layers = session.telemetry.read(session.engine.gathered, compute=session.mesh.is_main)
+    mesh = session.mesh
+    layers = session.telemetry.read(session.engine.gathered, compute=mesh.speaks_for_stage)
+    if mesh.pp_size > 1:  # each stage has read its own layers
+        parts = mesh.gather_objects(layers)
+        layers = {name: figures for part in parts for name, figures in part.items()}
     session.recorder.telemetry(done, layers)
 
 

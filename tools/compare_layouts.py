@@ -1,4 +1,4 @@
-"""Train the same run over tensor-, sequence- and data-parallel layouts and compare them.
+"""Train the same run over tensor-, sequence-, pipeline- and data-parallel layouts and compare.
 
     python tools/compare_layouts.py [--corpus DIR] [--out docs/results/parallel-equivalence.md]
 
@@ -54,6 +54,7 @@ class Layout(NamedTuple):
     tp: int
     sequence_parallel: bool
     stage: int
+    pp: int = 1
 
     @property
     def name(self) -> str:
@@ -65,6 +66,8 @@ class Layout(NamedTuple):
             f"train.dtype={self.dtype}",
             f"engine.zero_stage={self.stage}",
             f"parallel.tp={self.tp}",
+            f"parallel.pp={self.pp}",
+            "model.num_layers=4",
             f"parallel.sequence_parallel={str(self.sequence_parallel).lower()}",
             f"checkpoint.every={TERNARY_STEP}",
             "checkpoint.keep_every=1",
@@ -86,9 +89,14 @@ LAYOUTS = [
     Layout("fp32", 4, 2, True, 3),
     Layout("fp32", 4, 4, False, 1),
     Layout("fp32", 4, 4, True, 1),
+    Layout("fp32", 2, 1, False, 1, pp=2),
+    Layout("fp32", 4, 1, False, 1, pp=4),
+    Layout("fp32", 4, 1, False, 1, pp=2),
+    Layout("fp32", 4, 2, True, 1, pp=2),
     SINGLE["bf16"],
     Layout("bf16", 2, 2, False, 1),
     Layout("bf16", 2, 2, True, 1),
+    Layout("bf16", 2, 1, False, 1, pp=2),
 ]
 
 
@@ -172,8 +180,8 @@ def report(curves: dict[Layout, Curve], codes: dict[int, str], corpus_name: str)
     for layout in LAYOUTS:
         place = (
             f"| {layout.dtype} | {layout.ranks} | {layout.tp} | "
-            f"{'yes' if layout.sequence_parallel else 'no'} | {layout.ranks // layout.tp} | "
-            f"{layout.stage} | "
+            f"{'yes' if layout.sequence_parallel else 'no'} | {layout.pp} | "
+            f"{layout.ranks // (layout.tp * layout.pp)} | {layout.stage} | "
         )
         if layout == SINGLE[layout.dtype]:
             rows.append(place + "the single process ||||")
@@ -202,19 +210,19 @@ def report(curves: dict[Layout, Curve], codes: dict[int, str], corpus_name: str)
 
 
 TEXT = """\
-# Tensor, sequence and data parallel layouts train the same model
+# Tensor, sequence, pipeline and data parallel layouts train the same model
 
 Written by `python tools/compare_layouts.py`: {date}, commit {commit}; {machine}; {versions}. Corpus
 `{corpus}`, one CPU thread a rank, gloo.
 
-Each row is one real launch (`bitscale train` under torchrun) of a 2-layer decoder of width 64, 4
+Each row is one real launch (`bitscale train` under torchrun) of a 4-layer decoder of width 64, 4
 heads and 2 key/value heads (at TP 4 two ranks hold each) on real text: {steps} steps, AdamW,
 gradients clipped at {clip}, transition at step {transition}, linear λ ramp to step {ternary}. The
 figures are the largest |difference| of the training loss to the single process over the steps of a
 phase, in nats, and that of the final validation loss.
 
-| dtype | ranks | TP | SP | DP | ZeRO | 16 bit | ramp | ternary | validation |
-|---|---|---|---|---|---|---|---|---|---|
+| dtype | ranks | TP | SP | PP | DP | ZeRO | 16 bit | ramp | ternary | validation |
+|---|---|---|---|---|---|---|---|---|---|---|
 {rows}
 
 Allowed (the command fails beyond it):

@@ -27,6 +27,7 @@ _OWNED_DEEPSPEED_KEYS = {
     "data_types": "train.dtype",
     "optimizer": "optim",
     "scheduler": "optim.schedule",
+    "pipeline": "parallel.pp",
 }
 
 

@@ -25,6 +25,11 @@ def deepspeed_config(cfg: Config, dp_size: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+    if cfg.parallel.pp > 1:
+        # DeepSpeed's defaults split what travels between stages over tensor-parallel ranks as if
+        # each held the whole: silently wrong with sequence parallelism. Blocks checkpoint their
+        # activations themselves.
+        derived["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     return _merge(derived, cfg.engine.deepspeed)
 
 

@@ -85,7 +85,7 @@ def fragments(
             fragment: Fragment | None = _replicated(name, parameter, optimizer, turn)
         elif stage == 3:
             fragment = _stage3(name, parameter, wrapper, optimizer)
-        elif parameter._hp_mapping is not None:  # type: ignore[attr-defined]
+        elif getattr(parameter, "_hp_mapping", None) is not None:
             fragment = _stage12(name, parameter, optimizer)
         else:
             fragment = None

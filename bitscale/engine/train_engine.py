@@ -1,4 +1,6 @@
-"""The train step on DeepSpeed's engine. The only module that imports deepspeed."""
+"""The train step on DeepSpeed's engine.
+
+Only this module and pipeline_engine.py import deepspeed."""
 
 import contextlib
 import io
@@ -19,7 +21,7 @@ from bitscale.engine.fragments import Fragment, is_counted_here
 from bitscale.engine.mpu import ModelParallelUnit
 from bitscale.errors import ConfigError
 from bitscale.mesh import Mesh
-from bitscale.model.bitlinear import forget_weights, prepare_weights, set_kernels
+from bitscale.model.bitlinear import bit_linears, forget_weights, prepare_weights, set_kernels
 from bitscale.model.collectives import shard_of, whole_parameter
 from bitscale.optim import decayed_and_not
 
@@ -37,12 +39,13 @@ class TrainEngine:
         set_kernels(model, cfg.quant.kernel, mesh.device.type)
         self.cfg, self.mesh = cfg, mesh
         self.stage = cfg.engine.zero_stage
+        self.module = model
         for parameter in model.parameters():
             # DeepSpeed's gradient norm counts these on every tensor-parallel rank, the others on
             # the first of them only.
             counts = shard_of(parameter) is not None and is_counted_here(parameter, mesh)
             parameter.tensor_model_parallel = counts  # type: ignore[attr-defined]
-        groups = zip(decayed_and_not(model), (True, False), strict=True)
+        groups = zip(decayed_and_not(self._optimized()), (True, False), strict=True)
         # lr 0: DeepSpeed steps once on zero gradients at start-up in some modes, and weight
         # decay would then change the weights. Every real step sets its own lr.
         self._adam = torch.optim.AdamW(
@@ -58,10 +61,10 @@ class TrainEngine:
             # DeepSpeed prints a dozen lines of memory readings on the way.
             with contextlib.redirect_stdout(io.StringIO()):
                 self._engine, self._wrapper, _, _ = deepspeed.initialize(
-                    model=model,
+                    model=self._deepspeed_model(),
                     optimizer=self._adam,
                     config=deepspeed_config(cfg, mesh.dp_size),
-                    mpu=None if mesh.tp_size == 1 else ModelParallelUnit(mesh),
+                    mpu=self._deepspeed_mpu(),
                 )
         except (ValueError, NotImplementedError, AssertionError, KeyError, TypeError) as error:
             if not cfg.engine.deepspeed:
@@ -74,10 +77,11 @@ class TrainEngine:
             ) from error
         fragment_views.create_adam_state(self._wrapper, self._adam, self.stage)
 
-    @property
-    def module(self) -> nn.Module:
-        module: nn.Module = self._engine.module
-        return module
+    def _deepspeed_model(self) -> Any:
+        return self.module
+
+    def _deepspeed_mpu(self) -> ModelParallelUnit | None:
+        return None if self.mesh.tp_size == 1 else ModelParallelUnit(self.mesh)
 
     def train_step(
         self, micro_batches: Iterable[MicroBatch], *, lr: float, weight_decay: float
@@ -143,6 +147,17 @@ class TrainEngine:
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Logical shape of every parameter, by name, whatever the stage and the ranks."""
+        return self._own_shapes()
+
+    def ternary_weights(self) -> set[str]:
+        """Names of the weights of all BitLinears of the model."""
+        return {f"{name}.weight" for name, _ in bit_linears(self.module)}
+
+    def _optimized(self) -> list[nn.Parameter]:
+        """The parameters that this rank's optimizer updates, or has parts of."""
+        return list(self.module.parameters())
+
+    def _own_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = {}
         for name, parameter in self.module.named_parameters():
             shard = shard_of(parameter)

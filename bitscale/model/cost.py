@@ -183,6 +183,25 @@ def forward_flops(
     )
 
 
+def blocks_per_stage(m: ModelConfig, seq_len: int, num_stages: int) -> tuple[int, ...]:
+    """Blocks of each pipeline stage, balanced by FLOPs: one after the other goes to the stage that
+    has least to compute; the head counts.
+
+    Among equals the last one takes it: it holds fewer micro-batches in flight. Every stage has one.
+    """
+    block = forward_flops(m, seq_len, num_layers=1, has_head=False).total
+    head = forward_flops(m, seq_len, num_layers=0).total
+    load = [0.0] * (num_stages - 1) + [head]
+    counts = [0] * num_stages
+    for index in range(m.num_layers):
+        empty = [i for i in range(num_stages) if not counts[i]]
+        choices = empty if len(empty) >= m.num_layers - index else range(num_stages)
+        chosen = min(choices, key=lambda i: (load[i], -i))
+        counts[chosen] += 1
+        load[chosen] += block
+    return tuple(counts)
+
+
 def recomputed_flops(
     m: ModelConfig, seq_len: int, phase: Phase, way: Way, *, num_layers: int | None, tp: int = 1
 ) -> Flops:

@@ -6,6 +6,7 @@ stay in 16 bit (the head optionally in 8).
 """
 
 import math
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -75,29 +76,7 @@ class Decoder(nn.Module):
         self.head = Head(m.d_model, m.vocab_size, quant, bits=m.head_bits, tp=self.tp)
         if m.tie_embeddings:
             self.head.weight = self.embed.weight
-        self._initialize(m, seed)
-
-    def _initialize(self, m: ModelConfig, seed: int) -> None:
-        """N(0, init_std²); projections back into the residual stream / sqrt(2 · layers) (GPT-2).
-
-        One seeded CPU generator in parameter order: the same weights at every layout.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        residual_std = m.init_std / math.sqrt(2 * m.num_layers)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name.endswith(".bias"):
-                    parameter.zero_()
-                elif parameter.ndim == 2:
-                    back = name.endswith(("attn.o.weight", "mlp.down.weight"))
-                    std, shard = residual_std if back else m.init_std, shard_of(parameter)
-                    if shard is None:
-                        parameter.normal_(0.0, std, generator=generator)
-                    else:
-                        whole = torch.empty(shard.whole).normal_(0.0, std, generator=generator)
-                        parameter.copy_(shard.of(whole))
-        for _, layer in bit_linears(self):
-            layer.start_scale()
+        draw_weights(self, m, seed, ((n, whole_shape(p)) for n, p in self.named_parameters()))
 
     def forward(
         self,
@@ -112,33 +91,8 @@ class Decoder(nn.Module):
         `reduction` "mean" gives a scalar over the targets that are not IGNORED_TARGET; "none"
         gives [B, S] with 0 at ignored targets.
         """
-        if self.tp.size > 1:
-            return self._shared_loss(input_ids_BS, target_ids_BS, document_ids_BS, reduction)
-        logits_BSV = self.logits(input_ids_BS, document_ids_BS)
-        losses = F.cross_entropy(
-            logits_BSV.flatten(0, 1),
-            target_ids_BS.flatten(),
-            ignore_index=IGNORED_TARGET,
-            reduction=reduction,
-        )
-        return losses if reduction == "mean" else losses.view_as(target_ids_BS)
-
-    def _shared_loss(
-        self, input_ids_BS: Tensor, target_ids_BS: Tensor, documents: Tensor | None, reduction: str
-    ) -> Tensor:
-        """`forward` where each rank has the logits of its part of the vocabulary."""
-        logits = self._own_logits(input_ids_BS, documents)
-        targets = target_ids_BS.T if self.tp.sequence_parallel else target_ids_BS
-        losses = vocab_parallel_cross_entropy(
-            logits.flatten(0, 1),
-            targets.flatten(),
-            self.head.first,
-            self.tp,
-            IGNORED_TARGET,
-        ).view_as(targets)
-        if reduction == "mean":
-            return losses.sum() / (targets != IGNORED_TARGET).sum()
-        return losses.T if self.tp.sequence_parallel else losses
+        logits = self._own_logits(input_ids_BS, document_ids_BS)
+        return next_token_loss(logits, target_ids_BS, self.head, reduction=reduction)
 
     def logits(self, input_ids_BS: Tensor, document_ids_BS: Tensor | None = None) -> Tensor:
         """fp32 logits [B, S, V]; without gradient if the vocabulary is shared."""
@@ -161,6 +115,70 @@ class Decoder(nn.Module):
             else:
                 x_BSD = layer(x_BSD, cos_SE, sin_SE, mask_B1SS)
         return cast(Tensor, self.head(self.norm(x_BSD))).float()
+
+
+def next_token_loss(
+    logits: Tensor, target_ids_BS: Tensor, head: Head, *, reduction: str = "mean"
+) -> Tensor:
+    """Cross entropy in nats, fp32, of the `head`'s logits, see `Decoder.forward`.
+
+    `logits` fp32 [B, S, V]; of tensor-parallel ranks each has its columns, and sequence
+    parallelism [S, B, V].
+    """
+    tp = head.tp
+    if tp.size == 1:
+        losses = F.cross_entropy(
+            logits.flatten(0, 1),
+            target_ids_BS.flatten(),
+            ignore_index=IGNORED_TARGET,
+            reduction=reduction,
+        )
+        return losses if reduction == "mean" else losses.view_as(target_ids_BS)
+    targets = target_ids_BS.T if tp.sequence_parallel else target_ids_BS
+    losses = vocab_parallel_cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), head.first, tp, IGNORED_TARGET
+    ).view_as(targets)
+    if reduction == "mean":
+        return losses.sum() / (targets != IGNORED_TARGET).sum()
+    return losses.T if tp.sequence_parallel else losses
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Of the logical parameter, whatever part of it the ranks hold."""
+    shard = shard_of(parameter)
+    return tuple(parameter.shape) if shard is None else shard.whole
+
+
+def draw_weights(
+    model: nn.Module, m: ModelConfig, seed: int, shapes: Iterable[tuple[str, tuple[int, ...]]]
+) -> None:
+    """N(0, init_std²); projections back into the residual stream / sqrt(2 · layers) (GPT-2).
+
+    One seeded CPU generator draws every matrix of the whole decoder, whose parameters `shapes`
+    names in order; `model` may hold some of them, or parts: the same weights at every layout.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    residual_std = m.init_std / math.sqrt(2 * m.num_layers)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, shape in shapes:
+            parameter = own.get(name)
+            if name.endswith(".bias"):
+                if parameter is not None:
+                    parameter.zero_()
+            elif len(shape) == 2:
+                back = name.endswith(("attn.o.weight", "mlp.down.weight"))
+                std = residual_std if back else m.init_std
+                if parameter is not None and shard_of(parameter) is None:
+                    parameter.normal_(0.0, std, generator=generator)
+                    continue
+                whole = torch.empty(shape).normal_(0.0, std, generator=generator)
+                if parameter is not None:
+                    shard = shard_of(parameter)
+                    assert shard is not None
+                    parameter.copy_(shard.of(whole))
+    for _, layer in bit_linears(model):
+        layer.start_scale()
 
 
 def same_document_mask(document_ids_BS: Tensor) -> Tensor:

@@ -105,6 +105,11 @@ class Layout:
             has_head=stage.has_head,
         )
 
+    def tied_copy(self, stage: Stage) -> int:
+        """Elements of the last stage's copy of the embedding, which no optimizer of it holds."""
+        has_copy = self.cfg.model.tie_embeddings and self.pp > 1 and stage.has_head
+        return self.parameters(stage).head if has_copy else 0
+
     def link_gb_per_second(self, num_ranks: int, stride: int) -> float:
         """What a rank of a group sends at most; its ranks stand `stride` apart.
 
@@ -165,23 +170,8 @@ def _check_spec(cfg: Config, spec: QuantSpec) -> None:
 
 
 def _stages(cfg: Config, cluster: Cluster) -> tuple[Stage, ...]:
-    """Blocks go one after the other to the stage that has least to compute; the head counts.
-
-    Among equals the last one takes it: it holds fewer micro-batches in flight.
-    """
-    m, p = cfg.model, cfg.parallel
-    seq_len = cfg.data.seq_len
-    block = cost.forward_flops(m, seq_len, num_layers=1, has_head=False).total
-    head = cost.forward_flops(m, seq_len, num_layers=0).total
-    load = [0.0] * (p.pp - 1) + [head]
-    counts = [0] * p.pp
-    for index in range(m.num_layers):
-        # Every stage needs a block: reserve as many as there are empty stages.
-        empty = [i for i in range(p.pp) if not counts[i]]
-        choices = empty if len(empty) >= m.num_layers - index else range(p.pp)
-        chosen = min(choices, key=lambda i: (load[i], -i))
-        counts[chosen] += 1
-        load[chosen] += block
+    p = cfg.parallel
+    counts = cost.blocks_per_stage(cfg.model, cfg.data.seq_len, p.pp)
     dp = cluster.world_size // (p.tp * p.pp)
     num_micro_batches = cfg.train.global_batch_size // (cfg.train.micro_batch_size * dp)
     return tuple(

@@ -73,12 +73,14 @@ def memory(layout: Layout, stage: Stage, phase: Phase) -> Memory:
     """Of a rank of `stage` during `phase`."""
     at, cfg = layout.setting(phase), layout.cfg
     held = layout.parameters(stage)
-    num_elements, share = held.total, held.total / layout.dp
+    copy = layout.tied_copy(stage)
+    num_elements = held.total - copy  # that this stage's optimizer knows
+    share = num_elements / layout.dp
     b, zero = layout.bytes, cfg.engine.zero_stage
     matrices = [m.numel for m in cost.block_matrices(cfg.model, layout.tp)]
     table = held.embedding or held.head
     largest = max(table, *matrices)
-    weights, gathered_elements = float(b * num_elements), 0.0
+    weights, gathered_elements = float(b * held.total), 0.0
     if zero == 3:
         persistent = persistent_elements(layout, stage)
         weights = b * (share + persistent)
@@ -88,9 +90,8 @@ def memory(layout: Layout, stage: Stage, phase: Phase) -> Memory:
         "gathered weights": b * gathered_elements,
         "codes and copies": _copies(layout, stage, phase),
         "gradients": float(b * (num_elements if zero < 2 else largest)),
-        "fp32 accumulation": {0: 0.0, 1: 4.0 * num_elements if b == 2 else 4.0 * share}.get(
-            zero, 4.0 * share
-        ),
+        "fp32 accumulation": 4.0 * copy
+        + {0: 0.0, 1: 4.0 * num_elements if b == 2 else 4.0 * share}.get(zero, 4.0 * share),
         "optimizer": 8.0 * num_elements if zero == 0 else 12.0 * share,
         "communication buffers": _buffers(layout, stage, phase, num_elements),
     }

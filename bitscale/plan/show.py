@@ -196,8 +196,6 @@ def _time_table(plan: Plan, phases: Sequence[PhasePlan]) -> list[str]:
 
 def _notes(plan: Plan) -> list[str]:
     cfg, notes = plan.layout.cfg, []
-    if plan.layout.pp > 1:
-        notes.append("`bitscale train` runs no pipelines so far: pp = 1")
     if cfg.transition.at is None:
         notes.append("transition.at is null: the run stays in 16 bit")
     if cfg.quant.kernel == "reference" and plan.layout.way == "kernels":

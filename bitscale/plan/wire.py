@@ -49,19 +49,20 @@ def traffic(layout: Layout, stage: Stage, phase: Phase) -> list[Traffic]:
 
 
 def _data_parallel(layout: Layout, stage: Stage) -> Iterator[Traffic]:
-    held, zero, passes = layout.parameters(stage), layout.cfg.engine.zero_stage, 1
+    zero, passes = layout.cfg.engine.zero_stage, 1
+    num_elements = layout.parameters(stage).total - layout.tied_copy(stage)
 
     def over(name: str, collective: Collective, payload: float, in_pass: bool) -> Traffic:
         return Traffic(name, collective, payload, layout.dp, layout.tp, in_pass)
 
     if zero >= 2:
         passes = layout.num_micro_batches  # these stages reduce after every backward pass
-    gradients = float(FLOAT_BYTES * held.total * passes)
+    gradients = float(FLOAT_BYTES * num_elements * passes)
     if zero < 3:
         # Stage 2 too: DeepSpeed reduces a bucket whole and keeps its share.
         yield over("gradients", "all-reduce", gradients, zero == 2)
     if zero in (1, 2):
-        yield over("updated weights", "gather", float(layout.bytes * held.total), False)
+        yield over("updated weights", "gather", float(layout.bytes * num_elements), False)
     if zero == 3:
         yield over("gradients", "reduce-scatter", gradients, True)
         a_pass = gathered_weights(layout, stage).num_elements
@@ -143,3 +144,6 @@ def _pipeline(layout: Layout, stage: Stage) -> Iterator[Traffic]:
         yield Traffic(
             "tied embedding", "all-reduce", float(FLOAT_BYTES * table), neighbours, far, False
         )
+        if stage.has_embedding:
+            updated = float(layout.bytes * table)
+            yield Traffic("updated tied embedding", "send", updated, neighbours, far, False)

@@ -19,10 +19,11 @@ from bitscale.config import Config, num_kv_heads, parse_config
 from bitscale.data.batches import Batches, MicroBatch
 from bitscale.data.shards import ShardWriter, TokenShard
 from bitscale.engine import Fragment, TrainEngine
+from bitscale.engine import make_engine as engine_of
 from bitscale.mesh import Mesh, share_model
 from bitscale.model.bitlinear import bit_linears, set_strength
 from bitscale.model.decoder import Decoder
-from bitscale.model.layers import ranks_of
+from bitscale.model.stages import make_model
 from bitscale.optim import learning_rate, weight_decay
 from bitscale.quant.schedule import quant_strength
 from bitscale.transition import begin_transition
@@ -140,14 +141,7 @@ def micro_batches(cfg: Config, batches: Batches, step: int) -> list[MicroBatch]:
 
 
 def make_engine(cfg: Config, mesh: Mesh) -> TrainEngine:
-    model = Decoder(
-        cfg.model,
-        cfg.quant,
-        seed=cfg.train.seed,
-        activation_checkpointing=cfg.train.activation_checkpointing,
-        ranks=ranks_of(mesh, sequence_parallel=cfg.parallel.sequence_parallel),
-    )
-    engine = TrainEngine(cfg, model, mesh)
+    engine = engine_of(cfg, make_model(cfg, mesh), mesh)
     if not gc.get_freeze_count():
         # DeepSpeed collects garbage six times an engine, half a second each with all imported.
         gc.freeze()
@@ -168,7 +162,7 @@ def train_step(engine: TrainEngine, batches: Batches, step: int, mesh: Mesh) -> 
 
 def train(mesh: Mesh, cfg: Config, corpus: Path) -> Curve:
     """The whole run on this world."""
-    mesh = share_model(mesh, cfg.parallel.tp, num_kv_heads(cfg))
+    mesh = share_model(mesh, cfg.parallel.tp, num_kv_heads(cfg), cfg.parallel.pp)
     engine = make_engine(cfg, mesh)
     batches = make_batches(cfg, corpus, mesh.dp_rank, mesh.dp_size)
     curve = Curve([], [], {})

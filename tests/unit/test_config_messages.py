@@ -175,6 +175,14 @@ COMBINATION_ERRORS = {
         ["parallel.pp=2", "engine.zero_stage=3"],
         ["parallel.pp=2", "engine.zero_stage=3", "use engine.zero_stage=1"],
     ),
+    "pipeline with ZeRO-0": (
+        ["parallel.pp=2", "engine.zero_stage=0", "train.dtype=fp32"],
+        ["parallel.pp=2", "engine.zero_stage=0", "clips wrongly", "use engine.zero_stage=1"],
+    ),
+    "pipeline with ZeRO-2": (
+        ["parallel.pp=2", "engine.zero_stage=2"],
+        ["parallel.pp=2", "engine.zero_stage=2", "use engine.zero_stage=1"],
+    ),
     "fused decay inside a decay": (
         ["transition.lr=decay", "optim.schedule=wsd", "optim.decay.fraction=0.8"],
         [
@@ -210,6 +218,7 @@ DERIVED_DEEPSPEED_KEYS = {
     "data_types": "train.dtype",
     "optimizer": "optim",
     "scheduler": "optim.schedule",
+    "pipeline": "parallel.pp",
 }
 
 

@@ -78,7 +78,7 @@ def test_gradient_is_zero_in_16_bit_and_not_none() -> None:
 def test_adam_leaves_a_scale_alone_in_16_bit() -> None:
     """No gradient, no weight decay (it is one-dimensional): not a bit changes."""
     layer, x = make_layer(), gaussian(5, 64)
-    decayed, others = decayed_and_not(layer)
+    decayed, others = decayed_and_not(layer.parameters())
     assert [p is layer.alpha for p in others] == [False, True]
     adam = torch.optim.AdamW(
         [{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=0.1, weight_decay=0.1

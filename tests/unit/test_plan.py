@@ -272,6 +272,13 @@ def test_pipeline_sends_and_the_tied_embedding(make_config: Callable[..., Config
     assert first["activations onward"].sent == last["gradients back"].sent == residual
     assert "gradients back" not in first
     assert first["tied embedding"].sent == last["tied embedding"].sent == 4 * 96 * 32
+    assert first["updated tied embedding"].sent == 2 * 96 * 32
+    # The last stage's copy has no optimizer: its data-parallel ranks reduce a block and a norm.
+    reduced = [part["gradients"].payload for part in (first, last)]
+    assert reduced[0] - reduced[1] == 4 * (96 * 32 - 32)
+    held = [memory(layout, stage, "16 bit").parts for stage in layout.stages]
+    assert held[0]["weights"] - held[1]["weights"] == -2 * 32
+    assert held[0]["optimizer"] - held[1]["optimizer"] == 12 * (96 * 32 - 32) / layout.dp
 
 
 def test_links_within_and_between_nodes(make_config: Callable[..., Config]) -> None:

@@ -305,7 +305,7 @@ def test_weight_decay_without_transition(make_config: MakeConfig) -> None:
 def test_only_matrices_decay() -> None:
     model = torch.nn.ModuleDict({"linear": torch.nn.Linear(3, 4), "norm": torch.nn.LayerNorm(4)})
     model["frozen"] = torch.nn.Linear(2, 2).requires_grad_(False)
-    decayed, others = decayed_and_not(model)
+    decayed, others = decayed_and_not(model.parameters())
     assert [id(p) for p in decayed] == [id(model["linear"].weight)]
     assert {id(p) for p in others} == {
         id(p) for p in (model["linear"].bias, model["norm"].weight, model["norm"].bias)

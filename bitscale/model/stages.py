@@ -1,0 +1,136 @@
+"""The decoder in pipeline stages: a stage is a run of its blocks, with the decoder's own names.
+
+The first stage has the embedding as well, the last one the final norm and the head. Parameters are
+called what `Decoder` calls them and start from the same numbers, so checkpoints, optimizer and
+telemetry need not know about stages.
+
+Shapes: B batch, S sequence, D model width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import cast
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bitscale.config import Config
+from bitscale.mesh import Mesh
+from bitscale.model.bitlinear import Head
+from bitscale.model.cost import blocks_per_stage
+from bitscale.model.decoder import (
+    Block,
+    Decoder,
+    draw_weights,
+    next_token_loss,
+    same_document_mask,
+    whole_shape,
+)
+from bitscale.model.layers import Ranks, Rotary, ranks_of
+from bitscale.model.norms import make_norm
+from bitscale.model.vocabulary import VocabParallelEmbedding
+
+
+class DecoderStage(nn.Module):
+    """Stage `index` of `num_stages`: token ids or hidden states in, hidden states or logits out."""
+
+    def __init__(
+        self, cfg: Config, index: int, num_stages: int, *, ranks: Ranks | None = None
+    ) -> None:
+        super().__init__()
+        m, quant, ranks = cfg.model, cfg.quant, ranks or Ranks()
+        assert m.vocab_size is not None, "the vocabulary size is resolved before the model is built"
+        self.tp = ranks.tp
+        self.activation_checkpointing = cfg.train.activation_checkpointing
+        self.is_first, self.is_last = index == 0, index == num_stages - 1
+        counts = blocks_per_stage(m, cfg.data.seq_len, num_stages)
+        first = sum(counts[:index])
+        self._is_tied = m.tie_embeddings
+        ties = self.is_last and m.tie_embeddings
+        self.embed = (
+            None
+            if not (self.is_first or ties)
+            else nn.Embedding(m.vocab_size, m.d_model)
+            if self.tp.size == 1
+            else VocabParallelEmbedding(m.vocab_size, m.d_model, self.tp)
+        )
+        self.rotary = Rotary(m.d_model // m.num_heads, m.rope_theta, m.rope_scaling)
+        self.layers = nn.ModuleDict(
+            {str(i): Block(m, quant, ranks) for i in range(first, first + counts[index])}
+        )
+        self.norm = make_norm(m, self.tp) if self.is_last else None
+        self.head = (
+            Head(m.d_model, m.vocab_size, quant, bits=m.head_bits, tp=self.tp)
+            if self.is_last
+            else None
+        )
+        if ties:
+            assert self.head is not None and self.embed is not None
+            self.head.weight = cast(nn.Parameter, self.embed.weight)
+        draw_weights(self, m, cfg.train.seed, self._decoder_shapes(cfg))
+
+    def _decoder_shapes(self, cfg: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the whole decoder's blocks and tables, in its order: its blocks are
+        all alike, and vectors are not drawn."""
+        m = cfg.model
+        assert m.vocab_size is not None
+        block = next(iter(self.layers.values()))
+        yield "embed.weight", (m.vocab_size, m.d_model)
+        for index in range(m.num_layers):
+            for name, parameter in block.named_parameters():
+                yield f"layers.{index}.{name}", whole_shape(parameter)
+        if not m.tie_embeddings:
+            yield "head.weight", (m.vocab_size, m.d_model)
+
+    @property
+    def tied_weight(self) -> nn.Parameter | None:
+        """This end's copy of the matrix that the embedding and the head share, if they do.
+
+        The first stage's is the weight; the last stage's follows it and has no optimizer.
+        """
+        if self.embed is None or (self.is_first and self.is_last):
+            return None
+        return cast(nn.Parameter, self.embed.weight) if self._is_tied else None
+
+    def forward(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        """What DeepSpeed hands from stage to stage: ids int64 [B, S] or hidden states [B, S, D],
+        with document ids int64 [B, S] beside them if attention stays within documents.
+
+        Hidden states have [S / tp, B, D] with sequence parallelism. Returns the same, or fp32
+        logits (of this rank's part of the vocabulary) from the last stage.
+        """
+        x, document_ids_BS = inputs if isinstance(inputs, tuple) else (inputs, None)
+        if self.is_first:
+            assert self.embed is not None
+            x = self.embed(x)
+        seq_len = x.shape[0] * self.tp.size if self.tp.sequence_parallel else x.shape[1]
+        cos_SE, sin_SE = self.rotary(seq_len, x.device)
+        mask_B1SS = None if document_ids_BS is None else same_document_mask(document_ids_BS)
+        for layer in self.layers.values():
+            if self.activation_checkpointing and self.training:
+                x = cast(
+                    Tensor, checkpoint(layer, x, cos_SE, sin_SE, mask_B1SS, use_reentrant=False)
+                )
+            else:
+                x = layer(x, cos_SE, sin_SE, mask_B1SS)
+        if self.head is not None and self.norm is not None:
+            return cast(Tensor, self.head(self.norm(x))).float()
+        return x if document_ids_BS is None else (x, document_ids_BS)
+
+    def loss(self, logits: Tensor, target_ids_BS: Tensor, *, reduction: str = "mean") -> Tensor:
+        """`Decoder.forward`'s result, on the last stage."""
+        assert self.head is not None
+        return next_token_loss(logits, target_ids_BS, self.head, reduction=reduction)
+
+
+def make_model(cfg: Config, mesh: Mesh) -> Decoder | DecoderStage:
+    """What this rank holds of the model of `cfg`."""
+    ranks = ranks_of(mesh, sequence_parallel=cfg.parallel.sequence_parallel)
+    if mesh.pp_size > 1:
+        return DecoderStage(cfg, mesh.pp_rank, mesh.pp_size, ranks=ranks)
+    return Decoder(
+        cfg.model,
+        cfg.quant,
+        seed=cfg.train.seed,
+        activation_checkpointing=cfg.train.activation_checkpointing,
+        ranks=ranks,
+    )
