@@ -30,10 +30,10 @@ ROOT = Path(__file__).parents[1]
 TEXT = """\
 # Integer gradients: the convergence gate
 
-`quant.gradient_bits` rounds the gradients of ternary layers to integers ([kernels](../kernels.md)). 24 and 16
-bits are close to fp32; 8 bits are off by about 1% a product ([errors](../benchmarks/linear.md)), rounded
-stochastically. The gate: over the same seeds, the mean final validation loss may lie at most {gate} nats above
-that of floating-point gradients.
+`quant.gradient_bits` rounds the gradients of ternary layers to integers ([kernels](../kernels.md)).
+24 and 16 bits are close to fp32; 8 bits are off by about 1% a product
+([errors](../benchmarks/linear.md)), rounded stochastically. The gate: over the same seeds, the mean
+final validation loss may lie at most {gate} nats above that of floating-point gradients.
 
 `configs/quickstart.yaml`, {steps} steps, {corpus}, `quant.kernel=cpu`:
 
@@ -42,7 +42,8 @@ that of floating-point gradients.
 {rows}
 
 Each seed column: final validation loss in nats. The difference is paired: to floating-point gradients
-of the same seed (initial weights and order of the text). {count} seeds give a standard error, not a proof.
+of the same seed (initial weights and order of the text). {count} seeds give a standard error, not a
+proof.
 
 {date}, {machine}, {versions}, commit {commit}; `python tools/gradient_bits_gate.py`.
 """
