@@ -41,9 +41,9 @@ final validation loss may lie at most {gate} nats above that of floating-point g
 |---|{rules}---|---|---|
 {rows}
 
-Each seed column: final validation loss in nats. The difference is paired: to floating-point gradients
-of the same seed (initial weights and order of the text). {count} seeds give a standard error, not a
-proof.
+Each seed column: final validation loss in nats. The difference is paired: to floating-point
+gradients of the same seed (initial weights and order of the text). {count} seeds give a standard
+error, not a proof.
 
 {date}, {machine}, {versions}, commit {commit}; `python tools/gradient_bits_gate.py`.
 """
