@@ -2,11 +2,11 @@
 
     python tools/gradient_bits_gate.py [--seeds 0,1,2] [--corpus DIR] [--steps 250]
 
-Trains configs/quickstart.yaml (1.1M parameters, 16 bit, then ternary) with quant.kernel=cpu, once for
-each width of gradients and each seed (initial weights and order of the text), and compares the final
-validation losses pair by pair. A run that has finished is kept: start again after an interruption.
-Writes docs/results/gradient-bits.md. Exit code 1 if a width misses the gate: a mean loss more than
-0.01 nats above that of floating-point gradients. About 35 minutes on two idle cores.
+Trains configs/quickstart.yaml (1.1M parameters, 16 bit, then ternary) with quant.kernel=cpu, once
+for each width of gradients and each seed (initial weights and order of the text), and compares the
+final validation losses pair by pair. A run that has finished is kept: start again after an
+interruption. Writes docs/results/gradient-bits.md. Exit code 1 if a width misses the gate: a mean
+loss more than 0.01 nats above that of floating-point gradients. About 35 minutes on two idle cores.
 """
 
 import argparse
