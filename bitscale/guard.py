@@ -24,6 +24,7 @@ from bitscale.config import (
     batch_index,
     num_steps,
     parse_amendments,
+    tokens_per_step,
     transition_step,
 )
 from bitscale.errors import (
@@ -78,20 +79,22 @@ class Watch:
             if not (math.isfinite(loss) and math.isfinite(record.grad_norm)):
                 reason = f"loss is {loss:g} and the gradient norm {record.grad_norm:g}"
                 return Fault(step, f"{reason} at step {step}", is_finite=False)
-            level = self._level()
-            limit = self._guard.spike
-            if limit is not None and level is not None and step > self._first:
-                if loss - level > limit:
-                    reason = f"loss is {loss:.4f} at step {step}, {loss - level:.3f} nats above"
-                    reason = f"{reason} the median {level:.4f} of the {len(self._losses)} before it"
-                    return Fault(step, reason, is_finite=True)
+            if self._guard.spike is not None and step > self._first:
+                level = self._level()
+                if loss > level + self._guard.spike:
+                    return Fault(
+                        step,
+                        f"loss is {loss:.4f} at step {step}, {loss - level:.3f} nats above the "
+                        f"median {level:.4f} of the {len(self._losses)} steps before",
+                        is_finite=True,
+                    )
             self._losses.append(loss)
         return None
 
-    def _level(self) -> float | None:
-        if len(self._losses) < min(_FEWEST_LOSSES, self._guard.window):
-            return None
-        return median(self._losses)
+    def _level(self) -> float:
+        """The running level, beyond every loss while there are too few to tell."""
+        enough = len(self._losses) >= min(_FEWEST_LOSSES, self._guard.window)
+        return median(self._losses) if enough else math.inf
 
 
 def error_for(fault: Fault, remedy: str = "") -> TrainingFault:
@@ -126,10 +129,8 @@ def decide(
         raise error_for(
             fault, "there is no checkpoint to go back to yet; lower checkpoint.every or optim.lr"
         )
-    tried = [(_amendment(cfg, fault, made, step), path) for step, path in before]
-    useful = [
-        (amendment, path) for amendment, path in tried if _matters(cfg, fault, made, amendment)
-    ]
+    choices = [(_amendment(cfg, fault, made, step), path) for step, path in before]
+    useful = [choice for choice in choices if _matters(cfg, fault, made, choice[0])]
     if not useful:
         raise error_for(
             fault,
@@ -138,9 +139,7 @@ def decide(
         )
     # Failed again before it got past the last failure: that checkpoint was too late.
     again = bool(made) and fault.step <= made[-1].detected_step
-    earlier = (
-        [choice for choice in useful if choice[0].from_step < made[-1].from_step] if again else []
-    )
+    earlier = [choice for choice in useful if again and choice[0].from_step < made[-1].from_step]
     amendment, path = (earlier or useful)[-1]
     if amendment.slower > 1 and not _ends_ternary(cfg, (*made, amendment)):
         raise error_for(
@@ -155,7 +154,8 @@ def decide(
 def _amendment(cfg: Config, fault: Fault, made: Amendments, from_step: int) -> Amendment:
     guard = cfg.transition.guard
     assert guard.action != "stop"
-    slower, skipped = guard.slower, ()
+    slower = guard.slower
+    skipped: tuple[int, ...] = ()
     if guard.action == "skip_batch":
         # Batches of before the checkpoint are in its weights already.
         first = max(from_step, fault.step - guard.skip_batches)
@@ -186,12 +186,7 @@ def _ends_ternary(cfg: Config, amendments: Amendments) -> bool:
 
 
 def go_back(
-    cfg: Config,
-    mesh: Mesh,
-    recorder: Recorder,
-    fault: Fault,
-    made: Amendments,
-    tokens_per_step: int,
+    cfg: Config, mesh: Mesh, recorder: Recorder, fault: Fault, made: Amendments
 ) -> tuple[Amendment, Path]:
     """Decide on rank 0, and make it durable there; a collective that returns, or raises, the same
     on every rank.
@@ -202,7 +197,7 @@ def go_back(
     decision: tuple[Amendment, Path] | BitscaleError | None = None
     if mesh.is_main:
         try:
-            decision = _go_back(cfg, recorder, fault, made, tokens_per_step)
+            decision = _go_back(cfg, recorder, fault, made)
         except BitscaleError as error:
             decision = error
         except OSError as error:
@@ -218,21 +213,21 @@ def go_back(
 
 
 def _go_back(
-    cfg: Config, recorder: Recorder, fault: Fault, made: Amendments, tokens_per_step: int
+    cfg: Config, recorder: Recorder, fault: Fault, made: Amendments
 ) -> tuple[Amendment, Path]:
     recorder.flush()
     amendment, path = decide(cfg, fault, made, run.checkpoints_to_go_back_to(cfg))
     checkpoint.rewind(run.checkpoints_dir(cfg), path)
     write_amendments(Path(cfg.run.dir), (*made, amendment))
     recorder.rewind(amendment.from_step)
-    record(recorder, amendment, tokens_per_step)
+    record(cfg, recorder, amendment)
     return amendment, path
 
 
-def record(recorder: Recorder, amendment: Amendment, tokens_per_step: int) -> None:
+def record(cfg: Config, recorder: Recorder, amendment: Amendment) -> None:
     """The rollback as an event at the step that the run went back to."""
     step = amendment.from_step
-    recorder.event(step, step * tokens_per_step, "rollback", **amendment.model_dump())
+    recorder.event(step, step * tokens_per_step(cfg), "rollback", **amendment.model_dump())
     recorder.flush()
 
 

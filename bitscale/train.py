@@ -207,7 +207,7 @@ def _set_up(
         # Flips count from the checkpoint.
         telemetry.read(engine.gathered, compute=mesh.speaks_for_stage)
     if amendments and recorder.num_rollbacks() == len(amendments) - 1:
-        guard.record(recorder, amendments[-1], batches.tokens_seen(1))  # killed just before that
+        guard.record(cfg, recorder, amendments[-1])  # killed just before that
     return _Session(cfg, mesh, corpora, engine, batches, recorder, telemetry, identity, amendments)
 
 
@@ -240,9 +240,7 @@ def _go_back(session: _Session, fault: guard.Fault) -> tuple[_Session, int]:
     of that checkpoint (a collective)."""
     cfg, mesh, engine = session.cfg, session.mesh, session.engine
     session.say(f"{fault.reason}; going back")
-    amendment, path = guard.go_back(
-        cfg, mesh, session.recorder, fault, session.amendments, session.batches.tokens_seen(1)
-    )
+    amendment, path = guard.go_back(cfg, mesh, session.recorder, fault, session.amendments)
     _restore(engine, mesh, _open_everywhere(path, mesh))
     if session.telemetry is not None:
         session.telemetry.read(engine.gathered, compute=mesh.speaks_for_stage)
