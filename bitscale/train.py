@@ -190,7 +190,7 @@ def _set_up(
     telemetry = TernaryTelemetry(model) if cfg.log.telemetry_every else None
     engine = make_engine(cfg, model, mesh)
     if reader is not None:
-        _restore(engine, mesh, reader)
+        restore(engine, mesh, reader)
     if mesh.is_main:
         run.write_config(cfg)
         _rewind(cfg, reader)
@@ -211,7 +211,8 @@ def _set_up(
     return _Session(cfg, mesh, corpora, engine, batches, recorder, telemetry, identity, amendments)
 
 
-def _restore(engine: TrainEngine, mesh: Mesh, reader: checkpoint.Reader) -> None:
+def restore(engine: TrainEngine, mesh: Mesh, reader: checkpoint.Reader) -> None:
+    """Make the engine's weights and Adam state, and this rank's generator, the checkpoint's."""
     shapes = engine.parameter_shapes()
     # The transition sets learned scales: a trunk of before, of any quantizer, need not have them.
     start = transition_step(engine.cfg)
@@ -241,7 +242,7 @@ def _go_back(session: _Session, fault: guard.Fault) -> tuple[_Session, int]:
     cfg, mesh, engine = session.cfg, session.mesh, session.engine
     session.say(f"{fault.reason}; going back")
     amendment, path = guard.go_back(cfg, mesh, session.recorder, fault, session.amendments)
-    _restore(engine, mesh, _open_everywhere(path, mesh))
+    restore(engine, mesh, _open_everywhere(path, mesh))
     if session.telemetry is not None:
         session.telemetry.read(engine.gathered, compute=mesh.speaks_for_stage)
     session.say(f"continued from {path}: {_amendment_summary(amendment)}")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bitscale.report import write_report
-from faulty_sessions import Fault, Job
+from faulty_sessions import MOMENTS, Fault, Job
 from runs import checkpoint_dirs, differences, environment, events, metrics
 
 pytestmark = pytest.mark.e2e
@@ -35,6 +35,7 @@ def runs(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     nan, too_steep = Fault("nan", POISONED, POISONED), Fault("nan", POISONED, POISONED, 0.9)
     other_text = Fault("targets", POISONED, POISONED)
     spike = [*skip, "transition.guard.spike=0.3", "transition.guard.window=10"]
+    moments = list(MOMENTS)
     hopeless = [*skip, "transition.guard.max_retries=2"]
 
     def job(name: str, *rest: Any, **more: Any) -> Job:
@@ -43,12 +44,18 @@ def runs(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     jobs = [
         job("skip", zero_3, 2, nan),
         job("skip-expected", zero_3, 2, amendments_of=str(root / "skip")),
-        job("skip-killed", zero_3, 2, nan, ["before the amendment is written", "after the amendment is written", 26]),
+        job(
+            "skip-killed",
+            zero_3,
+            2,
+            nan,
+            [*moments[:2], 26],
+        ),
         job("slower", slower, 2, too_steep),
         job("slower-expected", slower, 2, amendments_of=str(root / "slower")),
-        job("slower-killed", slower, 2, too_steep, ["after the metrics are cut", 24]),
+        job("slower-killed", slower, 2, too_steep, [moments[2], 24]),
         job("spike", spike, 1, other_text),
-        job("spike-killed", spike, 1, other_text, [21, "after the rollback is recorded", 24]),
+        job("spike-killed", spike, 1, other_text, [21, moments[3], 24]),
         job("hopeless", hopeless, 1, Fault("nan", POISONED, 30)),
     ]
     trees = [{**j._asdict(), "fault": j.fault and j.fault._asdict()} for j in jobs]
