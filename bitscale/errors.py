@@ -25,5 +25,13 @@ class KernelUnavailable(BitscaleError):
     """A requested kernel, dtype or device does not exist on this machine."""
 
 
-class NonFiniteLoss(BitscaleError):
-    """The loss became NaN or infinite; training stopped and kept its last checkpoint."""
+class TrainingFault(BitscaleError):
+    """Training went wrong, stopped, and kept its last checkpoint."""
+
+
+class NonFiniteLoss(TrainingFault):
+    """The loss or the gradient norm became NaN or infinite."""
+
+
+class LossSpike(TrainingFault):
+    """The loss rose further above its running level than `transition.guard.spike` allows."""

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +79,8 @@ class Recorder:
         """
         self._enabled = enabled
         self._num_steps = num_steps
+        self._run_dir = run_dir
+        self._with_tensorboard = tensorboard
         self._tensorboard: Any = None
         if not enabled:
             return
@@ -87,15 +90,41 @@ class Recorder:
             raise DataError(
                 f"{path} already exists; resume that run or choose another run directory"
             )
+        self._open(resume_step)
+
+    def _open(self, resume_step: int | None) -> None:
+        path = self._run_dir / METRICS_NAME
         if resume_step is not None and path.exists():
             drop_later_lines(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
-        if tensorboard:
+        if self._with_tensorboard:
             # Lazy: TensorBoard takes a second to import and is optional.
             from torch.utils.tensorboard import SummaryWriter
 
             purge_step = None if resume_step is None else resume_step + 1
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+            directory = str(self._run_dir / "tensorboard")
+            self._tensorboard = SummaryWriter(directory, purge_step=purge_step)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was recorded after `step`, as a run resumed from there does."""
+        if self._enabled:
+            self.close()
+            self._enabled = True
+            self._open(step)
+
+    def recent_losses(self, number: int) -> list[float]:
+        """The losses of the last `number` steps recorded, oldest first; [] if disabled."""
+        if not self._enabled:
+            return []
+        lines = (line for _, _, line in read_lines(self._run_dir / METRICS_NAME))
+        return list(deque((line["loss"] for line in lines if line["kind"] == "train"), number))
+
+    def num_rollbacks(self) -> int:
+        """Rollbacks recorded as events; 0 if disabled."""
+        if not self._enabled:
+            return 0
+        lines = read_lines(self._run_dir / METRICS_NAME)
+        return sum(line.get("event") == "rollback" for _, _, line in lines)
 
     def train(self, records: Sequence[TrainRecord]) -> None:
         """Record optimizer steps, in order."""
@@ -133,8 +162,8 @@ class Recorder:
     def event(self, step: int, tokens: int, event: str, **details: object) -> None:
         """Record a point in the run's life, with the wall clock in `unix_seconds`.
 
-        `event` is one of start, resume, transition, checkpoint, preempted, finished; `details`
-        must be JSON values (the start event should carry `config_hash`).
+        `event` is one of start, resume, transition, checkpoint, rollback, preempted, finished;
+        `details` must be JSON values (the start event should carry `config_hash`).
         """
         if not self._enabled:
             return
@@ -201,13 +230,15 @@ def drop_later_lines(path: Path, last_step: int) -> None:
     """Keep the lines of steps up to `last_step`; the file is replaced atomically.
 
     A transition that begins at `last_step` goes too: it is recorded before the step it changes.
+    Rollbacks stay: they tell what happened to the run, whichever of its steps are left.
     """
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         for _, raw, line in read_lines(path):
             # A transition is recorded before its first step: at last_step it will come again.
             repeated = line.get("event") == "transition" and line["step"] == last_step
-            if line["step"] <= last_step and not repeated:
+            kept = line["step"] <= last_step or line.get("event") == "rollback"
+            if kept and not repeated:
                 file.write(raw)
         file.flush()
         os.fsync(file.fileno())

@@ -128,6 +128,15 @@ def check_same_checkpoint(mesh: Mesh, path: Path | None) -> None:
             )
 
 
+def checkpoints_to_go_back_to(cfg: Config) -> list[tuple[int, Path]]:
+    """(step, path) of the checkpoint that the run began from, if it still exists, and of all its
+    own, oldest first."""
+    trunk = _trunk(Path(cfg.run.dir) / METRICS_NAME)
+    began_from = [] if trunk is None or not (trunk / "meta.json").is_file() else [trunk]
+    paths = [*began_from, *checkpoint.list_checkpoints(checkpoints_dir(cfg))]
+    return [(checkpoint.read_meta(path).step, path) for path in paths]
+
+
 def _trunk(metrics: Path) -> Path | None:
     """The checkpoint that the run began from; None if it began from nothing (or not yet)."""
     if not metrics.is_file():

@@ -3,18 +3,20 @@
 `train` sets a run up (corpora, ranks, model, engine, resumption); `_loop` is the run itself.
 """
 
-import math
-import resource
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from bitscale import checkpoint, run, run_lock
+from bitscale import checkpoint, guard, run, run_lock
 from bitscale.config import (
+    Amendment,
+    Amendments,
     Config,
+    amendments_tree,
+    batch_index,
     check_world_size,
     config_hash,
     num_kv_heads,
@@ -25,8 +27,8 @@ from bitscale.config import (
 )
 from bitscale.data.batches import Batches
 from bitscale.data.corpus import PreparedCorpus
-from bitscale.engine import StepResult, TrainEngine, make_engine
-from bitscale.errors import NonFiniteLoss
+from bitscale.engine import TrainEngine, make_engine
+from bitscale.errors import CheckpointError, TrainingFault
 from bitscale.evaluate import EvalResult, evaluate
 from bitscale.mesh import (
     Mesh,
@@ -39,18 +41,11 @@ from bitscale.mesh import (
 )
 from bitscale.model.bitlinear import bit_linears, is_scale, set_strength
 from bitscale.model.stages import make_model
+from bitscale.monitor import Monitor
 from bitscale.optim import learning_rate, weight_decay
 from bitscale.preemption import StopRequest
 from bitscale.quant.schedule import Strength, quant_strength
-from bitscale.recorder import (
-    Recorder,
-    SpeedRecord,
-    TrainRecord,
-    ValidRecord,
-    format_count,
-    format_duration,
-    progress_line,
-)
+from bitscale.recorder import Recorder, ValidRecord, format_count, format_duration
 from bitscale.telemetry import TernaryTelemetry
 from bitscale.transition import begin_transition
 
@@ -64,7 +59,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Session:
-    """What the loop and its helpers share; nothing in it is reassigned."""
+    """What the loop and its helpers share; a rollback begins one with more amendments."""
 
     cfg: Config
     mesh: Mesh
@@ -75,6 +70,7 @@ class _Session:
     saver: checkpoint.Saver
     telemetry: TernaryTelemetry | None
     identity: dict[str, str]
+    amendments: Amendments  # what the guard has changed so far
 
     def say(self, text: str) -> None:
         if self.mesh.is_main:
@@ -90,7 +86,7 @@ def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[st
         allow_change: keys (or sections) in which this run may differ from that checkpoint.
 
     Raises:
-        BitscaleError: anything that a user can mend, before a step is taken; NonFiniteLoss later.
+        BitscaleError: anything that a user can mend, before a step is taken; TrainingFault later.
     """
     check_world_size(cfg, world_size_from_environment())
     corpora = run.load_corpora(cfg)
@@ -109,6 +105,7 @@ def _train(
         # Each rank verifies its share of the files.
         ranks = (rank_from_environment(), world_size_from_environment())
         reader = checkpoint.Reader(resume_from, verify=ranks)
+    amendments = guard.load_amendments(Path(cfg.run.dir), reader)
     differences: list[str] = []
     if reader is not None:
         differences = run.check_identity(identity, reader.meta.identity, reader.path, allow_change)
@@ -117,29 +114,37 @@ def _train(
     mesh = share_model(mesh, cfg.parallel.tp, num_kv_heads(cfg), cfg.parallel.pp)
     try:
         run.check_same_checkpoint(mesh, resume_from)
-        session = _set_up(cfg, mesh, corpora, identity, reader)
+        session = _set_up(cfg, mesh, corpora, identity, reader, amendments)
         _announce(session, reader, differences)
         start = 0 if reader is None else reader.meta.step
         with StopRequest(repeats_kill=not under_launcher()) as stop_request:
-            try:
-                outcome = _loop(session, start, stop_request)
-            except NonFiniteLoss:  # on every rank; what is being saved is from before
-                _record(session, session.saver.finish())
-                raise
+            outcome = _attempt(session, start, stop_request)
         session.recorder.close()
         return outcome
     finally:
         close_mesh()
 
 
+def _attempt(session: _Session, start: int, stop_request: StopRequest) -> Outcome:
+    """The loop, again from a checkpoint as often as the guard goes back to one."""
+    while True:
+        try:
+            return _loop(session, start, stop_request)
+        except (guard.GoBack, TrainingFault) as problem:
+            _record(session, session.saver.finish())  # from before the fault, on every rank
+            if not isinstance(problem, guard.GoBack):
+                raise
+            session, start = _go_back(session, problem.fault)
+
+
 def _loop(session: _Session, start: int, stop_request: StopRequest) -> Outcome:
     cfg, engine, mesh = session.cfg, session.engine, session.mesh
     first_ternary_step = transition_step(cfg)
     last = stop_step(cfg)
-    monitor = _Monitor(session)
+    monitor = Monitor(cfg, mesh, session.batches, session.recorder, session.amendments)
     valid = None
     for step in range(start, last):
-        strength = quant_strength(step, cfg)
+        strength = quant_strength(step, cfg, session.amendments)
         if step == first_ternary_step:
             begin_transition(engine, mesh, cfg.transition.optimizer_state)
             session.recorder.event(
@@ -148,7 +153,8 @@ def _loop(session: _Session, start: int, stop_request: StopRequest) -> Outcome:
             session.say(f"transition begins: {_transition_summary(cfg)}")
         set_strength(engine.module, strength)
         lr, decay = learning_rate(step, cfg), weight_decay(step, cfg)
-        result = engine.train_step(session.batches.micro_batches(step), lr=lr, weight_decay=decay)
+        batch = session.batches.micro_batches(batch_index(step, session.amendments))
+        result = engine.train_step(batch, lr=lr, weight_decay=decay)
         done = step + 1
         monitor.add(done, result, lr, decay, strength)
 
@@ -182,6 +188,7 @@ def _set_up(
     corpora: list[PreparedCorpus],
     identity: dict[str, str],
     reader: checkpoint.Reader | None,
+    amendments: Amendments,
 ) -> _Session:
     batches = Batches(
         [
@@ -201,7 +208,7 @@ def _set_up(
     telemetry = TernaryTelemetry(model) if cfg.log.telemetry_every else None
     engine = make_engine(cfg, model, mesh)
     if reader is not None:
-        _restore(engine, mesh, reader)
+        restore(engine, mesh, reader)
     if mesh.is_main:
         run.write_config(cfg)
         _rewind(cfg, reader)
@@ -223,10 +230,15 @@ def _set_up(
     if telemetry is not None and reader is not None:
         # Flips count from the checkpoint.
         telemetry.read(engine.gathered, compute=mesh.speaks_for_stage)
-    return _Session(cfg, mesh, corpora, engine, batches, recorder, saver, telemetry, identity)
+    if amendments and recorder.num_rollbacks() == len(amendments) - 1:
+        guard.record(cfg, recorder, amendments[-1])  # killed just before that
+    return _Session(
+        cfg, mesh, corpora, engine, batches, recorder, saver, telemetry, identity, amendments
+    )
 
 
-def _restore(engine: TrainEngine, mesh: Mesh, reader: checkpoint.Reader) -> None:
+def restore(engine: TrainEngine, mesh: Mesh, reader: checkpoint.Reader) -> None:
+    """Make the engine's weights and Adam state, and this rank's generator, the checkpoint's."""
     shapes = engine.parameter_shapes()
     # The transition sets learned scales: a trunk of before, of any quantizer, need not have them.
     start = transition_step(engine.cfg)
@@ -248,6 +260,44 @@ def _rewind(cfg: Config, reader: checkpoint.Reader | None) -> None:
         print(f"kept aside, as this run continues from an earlier step: superseded-{path.name}")
     # What a session killed between a save and its pruning has left.
     checkpoint.prune(root, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
+
+
+def _go_back(session: _Session, fault: guard.Fault) -> tuple[_Session, int]:
+    """The session as it was at an earlier checkpoint, but for what the guard changes, and the step
+    of that checkpoint (a collective)."""
+    cfg, mesh, engine = session.cfg, session.mesh, session.engine
+    session.say(f"{fault.reason}; going back")
+    amendment, path = guard.go_back(cfg, mesh, session.recorder, fault, session.amendments)
+    restore(engine, mesh, _open_everywhere(path, mesh))
+    if session.telemetry is not None:
+        session.telemetry.read(engine.gathered, compute=mesh.speaks_for_stage)
+    session.say(f"continued from {path}: {_amendment_summary(amendment)}")
+    return replace(session, amendments=(*session.amendments, amendment)), amendment.from_step
+
+
+def _open_everywhere(path: Path, mesh: Mesh) -> checkpoint.Reader:
+    """A rank that cannot read it must not leave the others waiting for ever."""
+    reader, problem = None, ""
+    try:
+        reader = checkpoint.Reader(path)
+    except CheckpointError as error:
+        problem = str(error)
+    for text in filter(None, mesh.gather_objects(problem)):
+        raise CheckpointError(text)
+    assert reader is not None
+    return reader
+
+
+def _amendment_summary(amendment: Amendment) -> str:
+    change = (
+        f"the ramp {amendment.slower:g} times slower"
+        if amendment.slower > 1
+        else f"without batch {', '.join(map(str, amendment.skipped_batches))}"
+    )
+    return (
+        f"rollback {amendment.number} from step {amendment.detected_step} to "
+        f"{amendment.from_step}, {change}"
+    )
 
 
 def _announce(session: _Session, reader: checkpoint.Reader | None, differences: list[str]) -> None:
@@ -274,6 +324,8 @@ def _announce(session: _Session, reader: checkpoint.Reader | None, differences: 
     )
     if reader is not None:
         session.say(f"resumed from {reader.path} at step {step}")
+    for amendment in session.amendments:
+        session.say(f"in force: {_amendment_summary(amendment)}")
     for difference in differences:
         session.say(f"allowed change: {difference}")
 
@@ -305,87 +357,6 @@ def _transition_summary(cfg: Config) -> str:
         f"ternary from step {start:,} (ramp {t.ramp.shape}, optimizer state {t.optimizer_state}, "
         f"LR {t.lr}, weight decay {t.weight_decay})"
     )
-
-
-class _Monitor:
-    """Buffers step results on the device; one host synchronisation a logging interval."""
-
-    def __init__(self, session: _Session) -> None:
-        self._session = session
-        self._pending: list[tuple[int, StepResult, float, float, Strength]] = []
-        self._mark = self._begin = time.perf_counter()
-        self._num_done = 0
-
-    def add(
-        self, done: int, result: StepResult, lr: float, decay: float, strength: Strength
-    ) -> None:
-        self._pending.append((done, result, lr, decay, strength))
-
-    def report(self) -> None:
-        """Write and print what has come since the last call.
-
-        Raises NonFiniteLoss, on every rank, for the first step whose loss is NaN or infinite.
-        """
-        if not self._pending:
-            return
-        cfg, mesh, batches = self._session.cfg, self._session.mesh, self._session.batches
-        losses = torch.stack([result.loss for _, result, *_ in self._pending])
-        losses = mesh.sum(losses) / mesh.world_size
-        norms = [float(result.grad_norm) for _, result, *_ in self._pending]
-        records = [
-            TrainRecord(
-                step=done,
-                tokens=batches.tokens_seen(done),
-                loss=loss,
-                lr=lr,
-                weight_decay=decay,
-                lambda_weight=strength.weight,
-                lambda_activation=strength.activation,
-                grad_norm=norm,
-                residual=strength.residual,
-            )
-            for (done, _, lr, decay, strength), loss, norm in zip(
-                self._pending, losses.tolist(), norms, strict=True
-            )
-        ]
-        self._session.recorder.train(records)
-        speed = self._speed(records)
-        self._session.recorder.speed(speed)
-        mean_loss = sum(record.loss for record in records) / len(records)
-        self._session.say(
-            progress_line(records[-1]._replace(loss=mean_loss), speed, num_steps(cfg))
-        )
-        self._pending.clear()
-        for record in records:
-            # A NaN gradient spoils the weights one step before the loss shows it.
-            if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
-                self._session.recorder.flush()
-                raise NonFiniteLoss(
-                    f"loss is {record.loss:g} and the gradient norm {record.grad_norm:g} at step "
-                    f"{record.step}; nothing was saved since the "
-                    "last checkpoint: resume from it with a lower optim.lr, a longer ramp, or "
-                    "another data.seed"
-                )
-
-    def _speed(self, records: list[TrainRecord]) -> SpeedRecord:
-        now = time.perf_counter()
-        cfg, batches = self._session.cfg, self._session.batches
-        last = records[-1].step
-        step_seconds = (now - self._mark) / len(records)
-        self._num_done += len(records)
-        remaining = stop_step(cfg) - last
-        self._mark = now
-        return SpeedRecord(
-            step=last,
-            tokens_per_second=batches.tokens_seen(1) / step_seconds,
-            step_seconds=step_seconds,
-            peak_gib=_peak_gib(self._session.mesh.device),
-            eta_seconds=remaining * (now - self._begin) / self._num_done,
-            epochs={
-                corpus.path: epochs
-                for corpus, epochs in zip(cfg.data.corpora, batches.epochs(last), strict=True)
-            },
-        )
 
 
 def _evaluate(session: _Session, done: int) -> EvalResult | None:
@@ -442,6 +413,7 @@ def _save(session: _Session, done: int, strength: Strength, *, wait: bool) -> No
         shapes={name: list(shape) for name, shape in engine.parameter_shapes().items()},
         world_size=mesh.world_size,
         versions=run.versions(),
+        amendments=amendments_tree(session.amendments),
     )
     session.saver.begin(meta, engine.fragments(), torch.get_rng_state())
     if wait or not cfg.checkpoint.asynchronous:
@@ -468,10 +440,3 @@ def _record(session: _Session, saved: checkpoint.Saved | None) -> None:
 
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
-
-
-def _peak_gib(device: torch.device) -> float:
-    """Largest memory of this rank so far: CUDA allocations, or resident set on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -85,11 +85,16 @@ def rewind(root: Path, checkpoint: Path) -> list[Path]:
     """Make `checkpoint`, one of `root`'s, the one in force before a run continues from it.
 
     Later ones are of a history that is being rewritten: they are kept as `superseded-step-...`.
-    Returns them.
+    Returns them. If `checkpoint` is another run's, which this one forked from, that is all of them.
     """
-    later = [path for path in list_checkpoints(root) if _step_of(path) > _step_of(checkpoint)]
-    _point_latest(checkpoint)
-    for path in later:
+    checkpoints = list_checkpoints(root)
+    if checkpoint.parent.resolve() == root.resolve():
+        later = [path for path in checkpoints if _step_of(path) > _step_of(checkpoint)]
+        _point_latest(root / checkpoint.name)
+    else:
+        later = checkpoints
+        (root / "latest").unlink(missing_ok=True)
+    for path in reversed(later):  # a kill on the way leaves the older ones, and the same way to go
         _supersede(path)
     return later
 

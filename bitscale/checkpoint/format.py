@@ -33,6 +33,8 @@ class Meta:
     shapes: dict[str, list[int]]  # logical shape of every parameter
     world_size: int
     versions: dict[str, str]
+    # What the run's guard had changed before the save, see config/amendments.py.
+    amendments: list[dict[str, Any]] = field(default_factory=list)
     adam_steps: dict[str, int] = field(default_factory=dict)  # Adam's own count, by parameter
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {bytes, sha256}
     format: str = FORMAT

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from bitscale import __version__
 from bitscale.cli import config, evaluate, export, plan, prepare, report, train
-from bitscale.errors import BitscaleError, ConfigError, NonFiniteLoss
+from bitscale.errors import BitscaleError, ConfigError, TrainingFault
 
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except BitscaleError as error:
         _print_error(error)
-        return EXIT_FAILURE if isinstance(error, NonFiniteLoss) else EXIT_BAD_INPUT
+        return EXIT_FAILURE if isinstance(error, TrainingFault) else EXIT_BAD_INPUT
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; Python would complain at exit too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -54,7 +54,7 @@ def _print_error(error: BitscaleError) -> None:
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
-    elif isinstance(error, ConfigError | NonFiniteLoss):
+    elif isinstance(error, ConfigError | TrainingFault):
         # The launcher stops every rank at the first that exits: let rank 0 speak before that.
         time.sleep(_SILENT_RANK_SECONDS)
     else:

@@ -1,5 +1,13 @@
 """Configuration of a run: schema, loading, cross-field checks and derived values."""
 
+from bitscale.config.amendments import (
+    Amendment,
+    Amendments,
+    amendments_tree,
+    batch_index,
+    parse_amendments,
+    ramp_progress,
+)
 from bitscale.config.checks import check_world_size
 from bitscale.config.derived import (
     num_kv_heads,
@@ -27,6 +35,8 @@ from bitscale.config.schema import (
 )
 
 __all__ = [
+    "Amendment",
+    "Amendments",
     "Config",
     "ModelConfig",
     "OptimConfig",
@@ -36,14 +46,18 @@ __all__ = [
     "RopeScaling",
     "Span",
     "TransitionConfig",
+    "amendments_tree",
+    "batch_index",
     "check_world_size",
     "config_hash",
     "load_config",
     "num_kv_heads",
     "num_steps",
+    "parse_amendments",
     "parse_config",
     "point_step",
     "quant_spec",
+    "ramp_progress",
     "residual_peak",
     "residual_steps",
     "span_steps",

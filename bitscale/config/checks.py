@@ -37,6 +37,7 @@ def check(cfg: Config) -> None:
     _check_engine(cfg)
     _check_schedule(cfg)
     _check_transition(cfg)
+    _check_guard(cfg)
     _check_quant(cfg)
     _check_parallel(cfg)
 
@@ -188,6 +189,25 @@ def _check_residual(cfg: Config, start: int) -> None:
             f"transition.residual needs 16-bit products beside the quantized ones, which "
             f"quant.kernel={kernel!r} with quant.gradient_bits={bits} does not compute; use "
             "quant.kernel=reference without gradient_bits, or transition.residual.peak=0"
+        )
+
+
+def _check_guard(cfg: Config) -> None:
+    guard, t = cfg.transition.guard, cfg.transition
+    if guard.action == "stop":
+        return
+    if cfg.checkpoint.every == 0:
+        raise ConfigError(
+            f"transition.guard.action={guard.action!r} goes back to a checkpoint, and "
+            "checkpoint.every=0 saves none on the way; set checkpoint.every"
+        )
+    ramps = [ramp for ramp in (t.ramp, t.activation_ramp) if ramp is not None]
+    if guard.action == "rollback_slower" and (
+        t.at is None or all(ramp.shape == "none" for ramp in ramps)
+    ):
+        raise ConfigError(
+            "transition.guard.action='rollback_slower' needs a ramp to slow down; set "
+            "transition.at and transition.ramp, or use skip_batch"
         )
 
 

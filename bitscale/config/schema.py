@@ -201,6 +201,19 @@ WeightDecayPolicy = Annotated[
 ]
 
 
+class GuardConfig(Section):
+    """What happens when the loss leaps, or it or the gradient is not finite (docs/guard.md)."""
+
+    spike: PositiveFloat | None = None  # nats above the running level; null: not watched
+    window: PositiveInt = 64  # steps before, whose median loss is the running level
+    # both go back to a checkpoint: rollback_slower goes on with a slower ramp, skip_batch without
+    # the batch; stop is an error, and the last checkpoint stays as it is
+    action: Literal["stop", "rollback_slower", "skip_batch"] = "stop"
+    max_retries: PositiveInt = 3  # rollbacks in all; then stop
+    slower: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0  # the rest of the ramp
+    skip_batches: PositiveInt = 1  # skip_batch: the batch of the step, and those before it
+
+
 class TransitionConfig(Section):
     """16 bit -> ternary. `at: null` never switches; `at: {step: 0}` is ternary from scratch."""
 
@@ -216,6 +229,7 @@ class TransitionConfig(Section):
     # off: from the transition on; off_at: from weight_decay_off_at on
     weight_decay: WeightDecayPolicy = "constant"
     weight_decay_off_at: Point = Point(fraction=2 / 3)  # with or without a transition
+    guard: GuardConfig = GuardConfig()  # with or without a transition
 
 
 class TrainConfig(Section):

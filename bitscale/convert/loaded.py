@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bitscale.checkpoint import Reader
-from bitscale.config import ModelConfig, QuantConfig, parse_config
+from bitscale.config import ModelConfig, QuantConfig, parse_amendments, parse_config
 from bitscale.errors import CheckpointError
 from bitscale.model.bitlinear import set_strength
 from bitscale.model.decoder import Decoder
@@ -48,7 +48,8 @@ def load_checkpoint(path: Path) -> LoadedModel:
     if cfg.model.tie_embeddings:
         model.head.weight = nn.Parameter(model.embed.weight.data)
     # The step that was trained last; ε follows from it, as λ does, which the checkpoint repeats.
-    residual = quant_strength(max(meta.step - 1, 0), cfg).residual
+    amendments = parse_amendments(meta.amendments, str(path))
+    residual = quant_strength(max(meta.step - 1, 0), cfg, amendments).residual
     strength = Strength(meta.lambda_weight, meta.lambda_activation, residual)
     set_strength(model, strength)
     paths = tuple(corpus.path for corpus in cfg.data.corpora)

@@ -23,7 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitscale.checkpoint import Reader, give_ordinary_mode
-from bitscale.config import Config, ModelConfig, QuantConfig, parse_config, quant_spec
+from bitscale.config import (
+    Config,
+    ModelConfig,
+    QuantConfig,
+    parse_amendments,
+    parse_config,
+    quant_spec,
+)
 from bitscale.convert.loaded import DTYPES, LoadedModel, decoder_on_meta
 from bitscale.data.corpus import load_corpus
 from bitscale.errors import CheckpointError, DataError
@@ -51,7 +58,8 @@ def export_packed(source: Path, out: Path) -> dict[str, Any]:
         raise CheckpointError(f"{out} already exists; choose another directory or remove it")
     cfg = parse_config(reader.meta.config, where=str(source))
     refuse_unpackable(cfg)
-    residual = quant_strength(max(reader.meta.step - 1, 0), cfg).residual
+    amendments = parse_amendments(reader.meta.amendments, str(source))
+    residual = quant_strength(max(reader.meta.step - 1, 0), cfg, amendments).residual
     if residual:
         raise CheckpointError(
             f"{source} is at a residual of {residual:g} x wᵀ, not 0: its outputs still contain "

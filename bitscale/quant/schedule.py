@@ -5,11 +5,14 @@ it. Formulas and their sources: docs/schedules.md.
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from bitscale.config import (
+    Amendment,
     Config,
     RampConfig,
+    ramp_progress,
     residual_peak,
     residual_steps,
     span_steps,
@@ -34,7 +37,7 @@ SIXTEEN_BIT = Strength(0.0, 0.0)
 TERNARY = Strength(1.0, 1.0)
 
 
-def ramp_value(shape: str, step: int, length: int) -> float:
+def ramp_value(shape: str, step: float, length: int) -> float:
     """λ at `step` steps after the transition began, for a ramp of `length` steps.
 
     With u = step / length:
@@ -74,19 +77,22 @@ def residual_value(step: int, length: int, peak: float, warmup: float) -> float:
     return peak * (1.0 + math.cos(math.pi * (u - warmup) / (1.0 - warmup))) / 2.0
 
 
-def quant_strength(step: int, cfg: Config) -> Strength:
-    """λ of weights and activations at 0-based `step` of the run described by `cfg`.
+def quant_strength(step: int, cfg: Config, amendments: Iterable[Amendment] = ()) -> Strength:
+    """λ of weights and activations at 0-based `step` of the run described by `cfg`, whose ramp the
+    `amendments` of its guard may have slowed down.
 
-    The residual is λ_weight ε, so that λ = 0 is the 16-bit model whatever ε.
+    The residual is λ_weight ε, so that λ = 0 is the 16-bit model whatever ε; its own ε keeps the
+    plan's pace, since it must be 0 at the end.
     """
     start = transition_step(cfg)
     if start is None or step < start:
         return SIXTEEN_BIT
     weight_ramp = cfg.transition.ramp
     activation_ramp = cfg.transition.activation_ramp or weight_ramp
+    progress = ramp_progress(step, start, amendments)
 
     def value(ramp: RampConfig) -> float:
-        return ramp_value(ramp.shape, step - start, span_steps(ramp.over, cfg))
+        return ramp_value(ramp.shape, progress, span_steps(ramp.over, cfg))
 
     weight = value(weight_ramp)
     residual = 0.0

@@ -93,6 +93,7 @@ def draw_runs(runs: Sequence[Run], *, x: str, smooth: int | None) -> Chart:
             _draw_telemetry(panels["flipped"], curves, "flipped", x)
         for panel in panels.values():
             _mark_transitions(panel, curves)
+        _mark_rollbacks(panels["loss"], curves, x)
         _finish_axes(panels, curves, x)
         _add_legend(figure, curves)
         figure.draw_without_rendering()
@@ -273,6 +274,27 @@ def _mark_transitions(panel: Any, curves: Sequence[Curve]) -> None:
             panel.axvline(
                 curve.transition_x, color=color, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1.5
             )
+
+
+def _mark_rollbacks(panel: Any, curves: Sequence[Curve], x: str) -> None:
+    """A cross below the top at each step from which the run's guard went back."""
+    for curve in curves:
+        steps = [line["detected_step"] for line in curve.run.events if line["event"] == "rollback"]
+        train = curve.run.train
+        at = np.interp(steps, train["step"], train["tokens"]) if x == "tokens" else steps
+        panel.plot(
+            at,
+            [0.97] * len(steps),
+            transform=panel.get_xaxis_transform(),
+            linestyle="none",
+            marker="x",
+            markersize=6,
+            markeredgewidth=1.6,
+            color=curve.color,
+            zorder=6,
+        )
+        if steps:
+            panel.set_title(panel.get_title(loc="left").removesuffix(")") + ", ✕: rolled back)")
 
 
 def _finish_axes(panels: dict[str, Any], curves: Sequence[Curve], x: str) -> None:

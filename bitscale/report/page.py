@@ -40,6 +40,7 @@ MEANING = {
     "spike": "peak of the smoothed loss above the mean loss before the transition",
     "recovery tokens": "from the transition until the smoothed loss is back",
     "tok/s": "median over the logging intervals",
+    "rollbacks": "of the run's guard to a checkpoint (✕ in the chart)",
     "wall time": "of the attempts that led to the recorded steps",
 }
 

@@ -40,6 +40,7 @@ class Summary(NamedTuple):
     peak_gib: float | None
     wall_seconds: float | None
     num_resumes: int
+    num_rollbacks: int
     num_nonfinite_steps: int
 
 
@@ -70,6 +71,7 @@ def summarize(run: Run) -> Summary:
         peak_gib=_finite_max(run.speed["peak_gib"]),
         wall_seconds=wall_seconds(run),
         num_resumes=sum(line["event"] == "resume" for line in run.events),
+        num_rollbacks=sum(line["event"] == "rollback" for line in run.events),
         num_nonfinite_steps=int((~np.isfinite(loss)).sum()),
     )
 
@@ -147,6 +149,7 @@ def display(summary: Summary) -> dict[str, str]:
         "tok/s": _text(s.median_tokens_per_second, format_count),
         "peak GiB": _text(s.peak_gib, "{:.2f}".format),
         "wall time": _text(s.wall_seconds, format_duration),
+        "rollbacks": str(s.num_rollbacks) if s.num_rollbacks else UNKNOWN,
         "config": s.config_hash[:12] if s.config_hash else UNKNOWN,
     }
 

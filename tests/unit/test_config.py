@@ -182,6 +182,7 @@ def changed(value: Any, key: str) -> Any:
         "transition.optimizer_state": "reset",
         "transition.lr": "rewarm",
         "transition.weight_decay": "off",
+        "transition.guard.action": "skip_batch",
         "engine.device": "cpu",
         "engine.zero_stage": 2,
         "model.d_model": 64,
@@ -226,6 +227,8 @@ def test_hash_changes_with_every_key_that_can_change_results(make_config: MakeCo
         other = replaced(tree, path, changed(value, key))
         if key == "parallel.sequence_parallel":
             other["parallel"]["tp"] = 2
+        if key == "transition.guard.action":
+            other["checkpoint"]["every"] = 5
         after = parse_config(other, where=key)
         seen += 1
         if config_hash(after) == before:
