@@ -1,0 +1,39 @@
+"""Layout-free checkpoints: fp32 masters and Adam moments as fragments in safetensors.
+
+A checkpoint is a directory `step-00000200/`:
+
+    state-00000-of-00002.safetensors   one a rank: flat fp32 fragments, see `format.key_of`
+    meta.json                          step, shapes, configuration, fingerprints, file checksums
+
+Any number of ranks at any ZeRO stage can read what any other wrote: a reader takes the flat
+ranges it needs out of whichever files hold them. 16-bit compute weights are not stored; they are
+the rounded masters, exactly. Nothing in the directory is executable (no pickle).
+
+A checkpoint comes into being by one rename after everything in it is durable; then `latest`
+moves. A crash at any moment leaves the previous one in force.
+"""
+
+from bitscale.checkpoint.directory import (
+    latest_checkpoint,
+    list_checkpoints,
+    prune,
+    resolve,
+    rewind,
+)
+from bitscale.checkpoint.format import FORMAT, Meta, read_meta
+from bitscale.checkpoint.read import Reader
+from bitscale.checkpoint.write import give_ordinary_mode, save
+
+__all__ = [
+    "FORMAT",
+    "Meta",
+    "Reader",
+    "give_ordinary_mode",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "prune",
+    "read_meta",
+    "resolve",
+    "rewind",
+    "save",
+]
