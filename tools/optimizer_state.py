@@ -2,10 +2,10 @@
 
     python tools/optimizer_state.py --text /path/to/texts [--jobs 2] [--out docs/results]
 
-For each seed one 16-bit trunk, which goes on in 16 bit; at its step 600 forks turn ternary under
+For each seed one 16-bit trunk, which goes on in 16 bit; at its step 400 forks turn ternary under
 {keep, reset} x {continue, rewarm the learning rate}, at once and with a ramp of λ. Every run is
 `bitscale train`. Stop it when you like: finished runs are kept, the same command goes on and in
-the end writes optimizer-state.md, .json and the figure. About 50 minutes of one CPU core.
+the end writes optimizer-state.md, .json and the figure. About 35 minutes of one idle CPU core.
 """
 
 import argparse
@@ -52,7 +52,7 @@ optim: {{lr: 2e-3, schedule: constant, warmup: {{steps: {REWARM_STEPS}}}}}
 engine: {{device: cpu, num_threads: 1}}
 quant: {{kernel: auto}}
 checkpoint: {{every: {FORK_STEP}, keep_every: {FORK_STEP}}}
-log: {{every: 60, telemetry_every: 0, tensorboard: false}}
+log: {{every: 40, telemetry_every: 0, tensorboard: false}}
 """
 
 

@@ -4,18 +4,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 SEEDS = (1, 2, 3, 4, 5)
-FORK_STEP, AFTER_STEPS = 600, 240  # of 2,048 tokens
+FORK_STEP, AFTER_STEPS = 400, 160  # of 2,048 tokens
 REWARM_STEPS, RAMP_STEPS = 40, 40
 SHAPES = ("jump", "ramp")
 
 # Written, and committed, before the first run of the experiment.
 PREDICTION = """\
-1. Keeping softens the spike: without re-warming, the peak of the excess loss is higher after a reset
-   than after a keep, since a reset Adam's first updates have the full size of the learning rate in
-   every weight, whatever the gradient.
+1. Keeping softens the spike: without re-warming, the peak of the excess loss is higher after a
+   reset than after a keep, since a reset Adam's first updates have the full size of the learning
+   rate in every weight, whatever the gradient.
 2. Re-warming the learning rate removes most of that difference, and by itself lowers the peak.
-3. Further training compensates: at the end the validation losses of the four differ by less than a
-   tenth of the difference in their peaks, or not measurably.
+3. Further training compensates: at the end the validation losses of the four differ by less than
+   a tenth of the difference in their peaks, or not measurably.
 4. With a ramp of λ all peaks are lower, and the order stays."""
 
 
