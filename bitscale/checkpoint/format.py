@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from bitscale.engine.fragments import MOMENTS, Fragment
+from bitscale.engine.fragments import Fragment
 from bitscale.errors import CheckpointError
 
 FORMAT = "bitscale-checkpoint-1"
-KINDS = ("master", *MOMENTS)
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,9 @@ def read_meta(path: Path) -> Meta:
         raise CheckpointError(f"{file}: damaged ({error}); use another checkpoint") from error
 
 
-def views(fragment: Fragment) -> tuple[Tensor, Tensor, Tensor]:
-    return fragment.master, fragment.exp_avg, fragment.exp_avg_sq
+def views(fragment: Fragment) -> dict[str, Tensor]:
+    """What is saved of a fragment, by kind: the master, and the moments that the optimizer has."""
+    return {"master": fragment.master, **fragment.moments()}
 
 
 def key_of(fragment: Fragment, kind: str) -> str:

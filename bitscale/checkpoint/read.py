@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bitscale.checkpoint.format import KINDS, read_meta, views
+from bitscale.checkpoint.format import read_meta, views
 from bitscale.checkpoint.write import sha256
 from bitscale.engine.fragments import Fragment
 from bitscale.errors import CheckpointError
@@ -113,11 +113,14 @@ class Reader:
         fragments: Iterable[Fragment],
         shapes: Mapping[str, Sequence[int]],
         optional: Collection[str] = (),
+        *,
+        moments: bool = True,
     ) -> None:
         """Fill this rank's fragments of a model with these parameter `shapes`, in place.
 
         Parameters in `optional` may be missing on either side: what the model has and the
-        checkpoint has not stays as it was built, its Adam state new but for the step count.
+        checkpoint has not stays as it was built, its moments new but for the step count. Without
+        `moments` only masters are read, and the optimizer stays as new as it is.
 
         Raises CheckpointError if the checkpoint's parameters are others.
         """
@@ -131,13 +134,17 @@ class Reader:
                 )
         for fragment in fragments:
             if fragment.name in missing:
+                if not moments:
+                    continue
                 # The count that ZeRO's flat tensors share, and a gradient of 0 would have left.
                 fragment.step.fill_(max(self.meta.adam_steps.values()))
                 continue
-            for kind, view in zip(KINDS, views(fragment), strict=True):
-                start, numel, shard = fragment.start, fragment.numel, fragment.shard
-                view.copy_(self.read(fragment.name, kind, start, numel, shard))
-            fragment.step.fill_(self.meta.adam_steps[fragment.name])
+            for kind, view in views(fragment).items():
+                if kind == "master" or moments:
+                    start, numel, shard = fragment.start, fragment.numel, fragment.shard
+                    view.copy_(self.read(fragment.name, kind, start, numel, shard))
+            if moments:
+                fragment.step.fill_(self.meta.adam_steps[fragment.name])
 
     def _open(self, name: str) -> None:
         path, expected = self.path / name, self.meta.files[name]

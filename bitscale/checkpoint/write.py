@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitscale.checkpoint.directory import fsync, make_empty, publish
-from bitscale.checkpoint.format import KINDS, Meta, key_of, views
+from bitscale.checkpoint.format import Meta, key_of, views
 from bitscale.engine.fragments import Fragment
 from bitscale.errors import CheckpointError
 from bitscale.mesh import Mesh
@@ -79,7 +79,7 @@ def _write_shard(path: Path, fragments: Iterable[Fragment], rng_state: Tensor) -
     for fragment in fragments:
         adam_steps[fragment.name] = int(fragment.step)
         if fragment.saved_here:
-            for kind, view in zip(KINDS, views(fragment), strict=True):
+            for kind, view in views(fragment).items():
                 # A copy: safetensors refuses views that share a storage.
                 tensors[key_of(fragment, kind)] = view.detach().cpu().clone()
     try:
