@@ -5,7 +5,7 @@
 For each seed one 16-bit trunk, which goes on in 16 bit; at its step 400 forks turn ternary under
 {keep, reset} x {continue, rewarm the learning rate}, at once and with a ramp of λ. Every run is
 `bitscale train`. Stop it when you like: finished runs are kept, the same command goes on and in
-the end writes optimizer-state.md, .json and the figure. About 35 minutes of one idle CPU core.
+the end writes optimizer-state.md, .json and the figure. About 20 minutes of one idle CPU core.
 """
 
 import argparse
@@ -44,10 +44,10 @@ model: {{num_layers: 4, d_model: 128, num_heads: 4, num_kv_heads: 2, d_ff: 384}}
 data: {{corpora: [{{path: unset}}], seq_len: 128}}
 train:
   steps: {FORK_STEP + AFTER_STEPS}
-  global_batch_size: 16
-  micro_batch_size: 16
+  global_batch_size: 8
+  micro_batch_size: 8
   dtype: fp32
-  eval_batches: 32
+  eval_batches: 64
 optim: {{lr: 2e-3, schedule: constant, warmup: {{steps: {REWARM_STEPS}}}}}
 engine: {{device: cpu, num_threads: 1}}
 quant: {{kernel: auto}}

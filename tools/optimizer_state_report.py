@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SEEDS = (1, 2, 3, 4, 5)
-FORK_STEP, AFTER_STEPS = 400, 160  # of 2,048 tokens
+FORK_STEP, AFTER_STEPS = 400, 120  # of 1,024 tokens
 REWARM_STEPS, RAMP_STEPS = 40, 40
 SHAPES = ("jump", "ramp")
 
