@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from bitscale import __version__, checkpoint
-from bitscale.config import Config, to_tree, to_yaml
+from bitscale.config import Config, to_tree, to_yaml, transition_step
 from bitscale.data.corpus import PreparedCorpus, load_corpus
 from bitscale.errors import CheckpointError, ConfigError, DataError
 from bitscale.mesh import Mesh
@@ -87,6 +87,45 @@ def check_identity(
             )
         differences.append(text)
     return differences
+
+
+def identity_for(cfg: Config, meta: checkpoint.Meta) -> dict[str, str]:
+    """The checkpoint's identity as a run of `cfg` compares it: a SubLN that has yet to begin to act
+    makes no other model of a trunk without one."""
+    if not sub_norms_wait(cfg, meta):
+        return meta.identity
+    return meta.identity | {"model.sub_norm": json.dumps(cfg.model.sub_norm)}
+
+
+def sub_norms_wait(cfg: Config, meta: checkpoint.Meta) -> bool:
+    """Whether one side has SubLN from the transition on, the other none, and neither has come so
+    far: the weights are then new, and either side may lack them."""
+    start = transition_step(cfg)
+    theirs = meta.config.get("model", {}).get("sub_norm", False)
+    sides = {str(cfg.model.sub_norm), str(theirs)}
+    before = meta.lambda_weight == 0.0 and (start is None or meta.step <= start)
+    return sides == {"False", "transition"} and before
+
+
+def check_optimizer(
+    cfg: Config, meta: checkpoint.Meta, where: Path, allowed: Collection[str]
+) -> list[str]:
+    """Descriptions of an allowed change of optimizer, with which the moments start afresh.
+
+    Raises CheckpointError for another optimizer than the checkpoint's, naming both. At the very
+    step of the transition a `reset` discards the moments anyway, and so allows it.
+    """
+    theirs = meta.config.get("optim", {}).get("name", "adamw")  # before there was a choice
+    if theirs == cfg.optim.name:
+        return []
+    text = f'optim.name is "{cfg.optim.name}" here and "{theirs}" in {where}'
+    resets = meta.step == transition_step(cfg) and cfg.transition.optimizer_state == "reset"
+    if not resets and not {"optim.name", "optim"} & set(allowed):
+        raise CheckpointError(
+            f"{text}, whose moments mean something else; use the checkpoint's, or pass "
+            "--allow-change optim.name to go on with fresh moments"
+        )
+    return [f"{text}: its moments are left behind"]
 
 
 def find_resume(cfg: Config, resume: str | None) -> Path | None:

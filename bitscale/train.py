@@ -15,6 +15,7 @@ from bitscale.config import (
     Amendment,
     Amendments,
     Config,
+    ScaledMoments,
     amendments_tree,
     batch_index,
     check_world_size,
@@ -40,6 +41,7 @@ from bitscale.mesh import (
     world_size_from_environment,
 )
 from bitscale.model.bitlinear import bit_linears, is_scale, set_strength
+from bitscale.model.norms import is_sub_norm
 from bitscale.model.stages import make_model
 from bitscale.monitor import Monitor
 from bitscale.optim import learning_rate, weight_decay
@@ -108,7 +110,9 @@ def _train(
     amendments = guard.load_amendments(Path(cfg.run.dir), reader)
     differences: list[str] = []
     if reader is not None:
-        differences = run.check_identity(identity, reader.meta.identity, reader.path, allow_change)
+        theirs = run.identity_for(cfg, reader.meta)
+        differences = run.check_identity(identity, theirs, reader.path, allow_change)
+        differences += run.check_optimizer(cfg, reader.meta, reader.path, allow_change)
 
     mesh = init_mesh(cfg.engine.device, cfg.engine.num_threads)
     mesh = share_model(mesh, cfg.parallel.tp, num_kv_heads(cfg), cfg.parallel.pp)
@@ -242,10 +246,14 @@ def restore(engine: TrainEngine, mesh: Mesh, reader: checkpoint.Reader) -> None:
     shapes = engine.parameter_shapes()
     # The transition sets learned scales: a trunk of before, of any quantizer, need not have them.
     start = transition_step(engine.cfg)
-    scales: Collection[str] = ()
+    names = shapes.keys() | reader.meta.shapes.keys()
+    optional: set[str] = set()
     if start is None or reader.meta.step <= start:
-        scales = {name for name in shapes.keys() | reader.meta.shapes if is_scale(name)}
-    reader.restore(engine.fragments(), shapes, optional=scales)
+        optional |= {name for name in names if is_scale(name)}
+    if run.sub_norms_wait(engine.cfg, reader.meta):
+        optional |= {name for name in names if is_sub_norm(name)}
+    same_optimizer = not run.check_optimizer(engine.cfg, reader.meta, reader.path, {"optim.name"})
+    reader.restore(engine.fragments(), shapes, optional=optional, moments=same_optimizer)
     engine.publish_masters()
     rng_state = reader.rng_state(mesh.rank)
     if rng_state is not None:
@@ -353,8 +361,10 @@ def _transition_summary(cfg: Config) -> str:
     if start is None:
         return "16 bit throughout"
     t = cfg.transition
+    policy = t.optimizer_state
+    state = f"scaled by {policy.scale:g}" if isinstance(policy, ScaledMoments) else policy
     return (
-        f"ternary from step {start:,} (ramp {t.ramp.shape}, optimizer state {t.optimizer_state}, "
+        f"ternary from step {start:,} (ramp {t.ramp.shape}, optimizer state {state}, "
         f"LR {t.lr}, weight decay {t.weight_decay})"
     )
 

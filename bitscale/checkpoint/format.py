@@ -9,14 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from bitscale.engine.fragments import MOMENTS, Fragment
+from bitscale.engine.fragments import Fragment
 from bitscale.errors import CheckpointError
 
 FORMAT = "bitscale-checkpoint-2"
 _FORMATS = ("bitscale-checkpoint-1", FORMAT)  # 1 has no SHA256SUMS
 META_NAME = "meta.json"
 SUMS_NAME = "SHA256SUMS"
-KINDS = ("master", *MOMENTS)
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,9 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
     )
 
 
-def views(fragment: Fragment) -> tuple[Tensor, Tensor, Tensor]:
-    return fragment.master, fragment.exp_avg, fragment.exp_avg_sq
+def views(fragment: Fragment) -> dict[str, Tensor]:
+    """What is saved of a fragment, by kind: the master, and the moments that the optimizer has."""
+    return {"master": fragment.master, **fragment.moments()}
 
 
 def key_of(fragment: Fragment, kind: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bitscale.checkpoint.format import KINDS, read_meta, unreadable, views
+from bitscale.checkpoint.format import read_meta, unreadable, views
 from bitscale.engine.fragments import Fragment
 from bitscale.errors import CheckpointError
 from bitscale.model.collectives import ParameterShard
@@ -115,11 +115,14 @@ class Reader:
         fragments: Iterable[Fragment],
         shapes: Mapping[str, Sequence[int]],
         optional: Collection[str] = (),
+        *,
+        moments: bool = True,
     ) -> None:
         """Fill this rank's fragments of a model with these parameter `shapes`, in place.
 
         Parameters in `optional` may be missing on either side: what the model has and the
-        checkpoint has not stays as it was built, its Adam state new but for the step count.
+        checkpoint has not stays as it was built, its moments new but for the step count. Without
+        `moments` only masters are read, and the optimizer stays as new as it is.
 
         Raises CheckpointError if the checkpoint's parameters are others.
         """
@@ -133,13 +136,17 @@ class Reader:
                 )
         for fragment in fragments:
             if fragment.name in missing:
+                if not moments:
+                    continue
                 # The count that ZeRO's flat tensors share, and a gradient of 0 would have left.
                 fragment.step.fill_(max(self.meta.adam_steps.values()))
                 continue
-            for kind, view in zip(KINDS, views(fragment), strict=True):
-                start, numel, shard = fragment.start, fragment.numel, fragment.shard
-                view.copy_(self.read(fragment.name, kind, start, numel, shard))
-            fragment.step.fill_(self.meta.adam_steps[fragment.name])
+            for kind, view in views(fragment).items():
+                if kind == "master" or moments:
+                    start, numel, shard = fragment.start, fragment.numel, fragment.shard
+                    view.copy_(self.read(fragment.name, kind, start, numel, shard))
+            if moments:
+                fragment.step.fill_(self.meta.adam_steps[fragment.name])
 
     def _open(self, name: str, *, verify: bool) -> None:
         path, expected = self.path / name, self.meta.files[name]

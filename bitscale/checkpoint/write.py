@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitscale.checkpoint.format import KINDS, key_of, views
+from bitscale.checkpoint.format import key_of, views
 from bitscale.engine.fragments import Fragment
 
 _CHUNK_BYTES = 1 << 24
@@ -43,7 +43,7 @@ def take_snapshot(fragments: Iterable[Fragment], rng_state: Tensor) -> Snapshot:
     for fragment in fragments:
         adam_steps[fragment.name] = int(fragment.step)
         if fragment.saved_here:
-            for kind, view in zip(KINDS, views(fragment), strict=True):
+            for kind, view in views(fragment).items():
                 tensors[key_of(fragment, kind)] = view.detach().to("cpu", copy=True)
     return Snapshot(tensors, adam_steps)
 
