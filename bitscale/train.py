@@ -50,6 +50,7 @@ from bitscale.recorder import (
     format_duration,
     progress_line,
 )
+from bitscale.sources import ForeignSource, StateSource, open_source
 from bitscale.telemetry import TernaryTelemetry
 from bitscale.transition import begin_transition
 
@@ -95,16 +96,16 @@ def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[st
     cfg = run.resolve_vocab(cfg, corpora[0].vocab_size)
     identity = run.identity(cfg, corpora)
     resume_from = run.find_resume(cfg, resume)
-    reader = None if resume_from is None else checkpoint.Reader(resume_from)
-    differences: list[str] = []
+    reader = None if resume_from is None else open_source(resume_from, cfg)
+    comparison = run.Comparison([], [])
     if reader is not None:
-        differences = run.check_identity(identity, reader.meta.identity, reader.path, allow_change)
+        comparison = run.compare(cfg, identity, reader, allow_change)
 
     mesh = init_mesh(cfg.engine.device, cfg.engine.num_threads)
     mesh = share_model(mesh, cfg.parallel.tp, num_kv_heads(cfg), cfg.parallel.pp)
     try:
         session = _set_up(cfg, mesh, corpora, identity, reader)
-        _announce(session, reader, differences)
+        _announce(session, reader, comparison)
         start = 0 if reader is None else reader.meta.step
         with StopRequest(repeats_kill=not under_launcher()) as stop_request:
             outcome = _loop(session, start, stop_request)
@@ -162,7 +163,7 @@ def _set_up(
     mesh: Mesh,
     corpora: list[PreparedCorpus],
     identity: dict[str, str],
-    reader: checkpoint.Reader | None,
+    reader: StateSource | None,
 ) -> _Session:
     batches = Batches(
         [
@@ -201,7 +202,7 @@ def _set_up(
     return _Session(cfg, mesh, corpora, engine, batches, recorder, telemetry, identity)
 
 
-def _restore(engine: TrainEngine, mesh: Mesh, reader: checkpoint.Reader) -> None:
+def _restore(engine: TrainEngine, mesh: Mesh, reader: StateSource) -> None:
     shapes = engine.parameter_shapes()
     # The transition sets learned scales: a trunk of before, of any quantizer, need not have them.
     start = transition_step(engine.cfg)
@@ -215,7 +216,7 @@ def _restore(engine: TrainEngine, mesh: Mesh, reader: checkpoint.Reader) -> None
         torch.set_rng_state(rng_state)
 
 
-def _rewind(cfg: Config, reader: checkpoint.Reader | None) -> None:
+def _rewind(cfg: Config, reader: StateSource | None) -> None:
     root = run.checkpoints_dir(cfg)
     if reader is None or reader.path.resolve().parent != root.resolve():
         return
@@ -225,17 +226,19 @@ def _rewind(cfg: Config, reader: checkpoint.Reader | None) -> None:
     checkpoint.prune(root, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
 
 
-def _announce(session: _Session, reader: checkpoint.Reader | None, differences: list[str]) -> None:
+def _announce(session: _Session, reader: StateSource | None, comparison: run.Comparison) -> None:
     cfg, mesh, batches = session.cfg, session.mesh, session.batches
     step = 0 if reader is None else reader.meta.step
     details = {
         "config_hash": config_hash(cfg),
         "world_size": mesh.world_size,
         "versions": run.versions(),
-        "differences": differences,
+        "differences": comparison.differences,
     }
     event = "start" if reader is None else "resume"
-    source = {} if reader is None else {"checkpoint": str(reader.path)}
+    source: dict[str, object] = {} if reader is None else {"checkpoint": str(reader.path)}
+    if isinstance(reader, ForeignSource):
+        source |= {"format": reader.tensors.format, "not_stated": comparison.unstated}
     session.recorder.event(step, batches.tokens_seen(step), event, **details, **source)
     shapes = session.engine.parameter_shapes()
     ternary = session.engine.ternary_weights()
@@ -249,8 +252,19 @@ def _announce(session: _Session, reader: checkpoint.Reader | None, differences: 
     )
     if reader is not None:
         session.say(f"resumed from {reader.path} at step {step}")
-    for difference in differences:
+    if isinstance(reader, ForeignSource):
+        _announce_foreign(session, reader, comparison.unstated)
+    for difference in comparison.differences:
         session.say(f"allowed change: {difference}")
+
+
+def _announce_foreign(session: _Session, source: ForeignSource, unstated: list[str]) -> None:
+    session.say(f"it is a {source.tensors.format} checkpoint")
+    if not source.has_optimizer_state:
+        session.say("it holds weights only: Adam's moments and step counts start at 0")
+    if unstated:
+        keys = ", ".join(run.sections(unstated, session.identity))
+        session.say(f"not stated by {source.path}: {keys}")
 
 
 def _layout(cfg: Config) -> str:
