@@ -8,7 +8,6 @@ from pathlib import Path
 from bitscale import checkpoint
 from bitscale.checkpoint.source import StateSource
 from bitscale.config import Config
-from bitscale.errors import CheckpointError
 from bitscale.sources.foreign import ForeignSource, Tensors
 from bitscale.sources.universal import is_universal, open_universal
 from bitscale.sources.zero import is_zero, open_zero

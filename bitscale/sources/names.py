@@ -54,7 +54,10 @@ def find_places(
 
     Raises CheckpointError for other shapes, and then for missing and unexpected tensors.
     """
-    places = {name: _place(name, shape, theirs, m) for name, shape in shapes.items()}
+    prefix = _wrapper(theirs)
+    inside = {tensor.removeprefix(prefix) for tensor in theirs}
+    places = {name: _place(name, shape, inside, m) for name, shape in shapes.items()}
+    places = {name: p._replace(tensor=prefix + p.tensor) for name, p in places.items()}
     for name, place in places.items():
         found = theirs.get(place.tensor)
         if found is not None and tuple(found) != tuple(place.shape):
@@ -62,8 +65,7 @@ def find_places(
                 f"{path}: {place.tensor} has shape {list(found)} there and {list(place.shape)} "
                 f"here ({name}); set the model section to the checkpoint's{_padding(name, found)}"
             )
-    missing = {p.tensor: None for n, p in places.items() if p.tensor not in theirs}
-    required = [p.tensor for n, p in places.items() if p.tensor in missing and not is_scale(n)]
+    required = [p.tensor for n, p in places.items() if p.tensor not in theirs and not is_scale(n)]
     used = {place.tensor for place in places.values()}
     spare = dict(tied_copies(theirs)) if m.tie_embeddings else {}
     unexpected = [t for t in theirs if t not in used | spare.keys() and not _IGNORED.search(t)]
@@ -77,9 +79,19 @@ def find_places(
 
 def tied_copies(theirs: Collection[str]) -> Iterator[tuple[str, str]]:
     """(a head, the embedding) of those that `theirs` has both."""
+    prefix = _wrapper(theirs)
     for copy, original in _TIED.items():
-        if copy in theirs and original in theirs:
-            yield copy, original
+        if prefix + copy in theirs and prefix + original in theirs:
+            yield prefix + copy, prefix + original
+
+
+def _wrapper(theirs: Collection[str]) -> str:
+    """What a wrapping module puts before every name, such as `module.`; "" if none does."""
+    for tensor in theirs:
+        for embedding in _TIED.values():
+            if tensor.endswith(f".{embedding}"):
+                return tensor.removesuffix(embedding)
+    return ""
 
 
 def _padding(name: str, found: Shape) -> str:
