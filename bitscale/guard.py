@@ -37,6 +37,7 @@ from bitscale.errors import (
 from bitscale.mesh import Mesh
 from bitscale.quant.schedule import TERNARY, quant_strength
 from bitscale.recorder import Recorder, TrainRecord
+from bitscale.sources import StateSource
 
 AMENDMENTS_NAME = "amendments.json"
 _FEWEST_LOSSES = 8  # a level from fewer is none
@@ -231,7 +232,7 @@ def record(cfg: Config, recorder: Recorder, amendment: Amendment) -> None:
     recorder.flush()
 
 
-def load_amendments(run_dir: Path, reader: checkpoint.Reader | None) -> Amendments:
+def load_amendments(run_dir: Path, reader: StateSource | None) -> Amendments:
     """The amendments in force: the run's, which begin with those of the checkpoint to resume from.
 
     Raises CheckpointError if the two contradict each other.

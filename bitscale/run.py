@@ -5,6 +5,7 @@ import json
 import platform
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from bitscale import __version__, checkpoint
 from bitscale.config import Config, to_tree, to_yaml, transition_step
@@ -12,6 +13,7 @@ from bitscale.data.corpus import PreparedCorpus, load_corpus
 from bitscale.errors import CheckpointError, ConfigError, DataError
 from bitscale.mesh import Mesh
 from bitscale.recorder import METRICS_NAME, read_lines
+from bitscale.sources import ForeignSource, StateSource, locate
 
 # Keys that cannot change results; a resumed run may differ in them.
 _FREE_KEYS = {"quant.kernel"}
@@ -115,6 +117,8 @@ def check_optimizer(
     Raises CheckpointError for another optimizer than the checkpoint's, naming both. At the very
     step of the transition a `reset` discards the moments anyway, and so allows it.
     """
+    if not any(meta.adam_steps.values()):
+        return []  # weights only, or nothing trained yet
     theirs = meta.config.get("optim", {}).get("name", "adamw")  # before there was a choice
     if theirs == cfg.optim.name:
         return []
@@ -128,6 +132,52 @@ def check_optimizer(
     return [f"{text}: its moments are left behind"]
 
 
+class Comparison(NamedTuple):
+    """This run and what it continues from."""
+
+    differences: list[str]  # allowed ones
+    unstated: list[str]  # keys of the identity of which a foreign checkpoint says nothing
+
+
+def compare(
+    cfg: Config, ours: Mapping[str, str], source: StateSource, allowed: Collection[str]
+) -> Comparison:
+    """Hold `ours`, the identity of `cfg`, against what `source` says of itself.
+
+    Our own checkpoints say everything. Of a foreign one only what it says is compared, and the
+    position in the data and in the transition; nothing else needs to be allowed.
+
+    Raises CheckpointError for a difference that is not in `allowed`.
+    """
+    differences = check_optimizer(cfg, source.meta, source.path, allowed)
+    theirs = identity_for(cfg, source.meta)
+    if not isinstance(source, ForeignSource):
+        return Comparison(check_identity(ours, theirs, source.path, allowed) + differences, [])
+    unstated = [key for key in ours if key not in theirs]
+    step = source.meta.step
+    ours = {key: value for key, value in ours.items() if key in theirs}
+    if "data.position" in theirs:
+        ours["data.position"] = f"{step * cfg.train.global_batch_size} sequences"
+    start = transition_step(cfg)
+    if start is not None and start < step:
+        # Its weights are 16-bit ones for all that is known: λ would jump, and the policy for
+        # the optimizer's state never act.
+        ours["transition.at"] = f"step {start}"
+        theirs = dict(theirs) | {"transition.at": f"step {step} or later"}
+    differences = check_identity(ours, theirs, source.path, allowed) + differences
+    return Comparison(differences, unstated)
+
+
+def sections(keys: Collection[str], all_keys: Collection[str]) -> list[str]:
+    """`keys` in fewer words: a section of which none of `all_keys` is left out is named once."""
+    shown = []
+    for key in keys:
+        section = key.split(".")[0]
+        whole = {other for other in all_keys if other.split(".")[0] == section}
+        shown.append(f"{section}.*" if len(whole) > 1 and whole <= set(keys) else key)
+    return list(dict.fromkeys(shown))
+
+
 def find_resume(cfg: Config, resume: str | None) -> Path | None:
     """The checkpoint to continue from: None for a fresh start.
 
@@ -138,8 +188,8 @@ def find_resume(cfg: Config, resume: str | None) -> Path | None:
     if resume == "auto":
         own = checkpoint.latest_checkpoint(root) if root.is_dir() else None
         trunk = _trunk(metrics)
-        return own or (None if trunk is None else checkpoint.resolve(trunk))
-    chosen = None if resume is None else checkpoint.resolve(Path(resume))
+        return own or (None if trunk is None else locate(trunk))
+    chosen = None if resume is None else locate(Path(resume))
     if chosen is not None and _same(chosen.parent, root):
         return chosen
     trunk = _trunk(metrics)

@@ -48,6 +48,7 @@ from bitscale.optim import learning_rate, weight_decay
 from bitscale.preemption import StopRequest
 from bitscale.quant.schedule import Strength, quant_strength
 from bitscale.recorder import Recorder, ValidRecord, format_count, format_duration
+from bitscale.sources import ForeignSource, StateSource, open_source
 from bitscale.telemetry import TernaryTelemetry
 from bitscale.transition import begin_transition
 
@@ -106,20 +107,18 @@ def _train(
     if resume_from is not None:
         # Each rank verifies its share of the files.
         ranks = (rank_from_environment(), world_size_from_environment())
-        reader = checkpoint.Reader(resume_from, verify=ranks)
+        reader = open_source(resume_from, cfg, verify=ranks)
     amendments = guard.load_amendments(Path(cfg.run.dir), reader)
-    differences: list[str] = []
+    comparison = run.Comparison([], [])
     if reader is not None:
-        theirs = run.identity_for(cfg, reader.meta)
-        differences = run.check_identity(identity, theirs, reader.path, allow_change)
-        differences += run.check_optimizer(cfg, reader.meta, reader.path, allow_change)
+        comparison = run.compare(cfg, identity, reader, allow_change)
 
     mesh = init_mesh(cfg.engine.device, cfg.engine.num_threads)
     mesh = share_model(mesh, cfg.parallel.tp, num_kv_heads(cfg), cfg.parallel.pp)
     try:
         run.check_same_checkpoint(mesh, resume_from)
         session = _set_up(cfg, mesh, corpora, identity, reader, amendments)
-        _announce(session, reader, differences)
+        _announce(session, reader, comparison)
         start = 0 if reader is None else reader.meta.step
         with StopRequest(repeats_kill=not under_launcher()) as stop_request:
             outcome = _attempt(session, start, stop_request)
@@ -191,7 +190,7 @@ def _set_up(
     mesh: Mesh,
     corpora: list[PreparedCorpus],
     identity: dict[str, str],
-    reader: checkpoint.Reader | None,
+    reader: StateSource | None,
     amendments: Amendments,
 ) -> _Session:
     batches = Batches(
@@ -241,7 +240,7 @@ def _set_up(
     )
 
 
-def restore(engine: TrainEngine, mesh: Mesh, reader: checkpoint.Reader) -> None:
+def restore(engine: TrainEngine, mesh: Mesh, reader: StateSource) -> None:
     """Make the engine's weights and Adam state, and this rank's generator, the checkpoint's."""
     shapes = engine.parameter_shapes()
     # The transition sets learned scales: a trunk of before, of any quantizer, need not have them.
@@ -260,7 +259,7 @@ def restore(engine: TrainEngine, mesh: Mesh, reader: checkpoint.Reader) -> None:
         torch.set_rng_state(rng_state)
 
 
-def _rewind(cfg: Config, reader: checkpoint.Reader | None) -> None:
+def _rewind(cfg: Config, reader: StateSource | None) -> None:
     root = run.checkpoints_dir(cfg)
     if reader is None or reader.path.parent.resolve() != root.resolve():
         return
@@ -308,17 +307,19 @@ def _amendment_summary(amendment: Amendment) -> str:
     )
 
 
-def _announce(session: _Session, reader: checkpoint.Reader | None, differences: list[str]) -> None:
+def _announce(session: _Session, reader: StateSource | None, comparison: run.Comparison) -> None:
     cfg, mesh, batches = session.cfg, session.mesh, session.batches
     step = 0 if reader is None else reader.meta.step
     details = {
         "config_hash": config_hash(cfg),
         "world_size": mesh.world_size,
         "versions": run.versions(),
-        "differences": differences,
+        "differences": comparison.differences,
     }
     event = "start" if reader is None else "resume"
-    source = {} if reader is None else {"checkpoint": str(reader.path)}
+    source: dict[str, object] = {} if reader is None else {"checkpoint": str(reader.path)}
+    if isinstance(reader, ForeignSource):
+        source |= {"format": reader.tensors.format, "not_stated": comparison.unstated}
     session.recorder.event(step, batches.tokens_seen(step), event, **details, **source)
     shapes = session.engine.parameter_shapes()
     ternary = session.engine.ternary_weights()
@@ -334,8 +335,19 @@ def _announce(session: _Session, reader: checkpoint.Reader | None, differences: 
         session.say(f"resumed from {reader.path} at step {step}")
     for amendment in session.amendments:
         session.say(f"in force: {_amendment_summary(amendment)}")
-    for difference in differences:
+    if isinstance(reader, ForeignSource):
+        _announce_foreign(session, reader, comparison.unstated)
+    for difference in comparison.differences:
         session.say(f"allowed change: {difference}")
+
+
+def _announce_foreign(session: _Session, source: ForeignSource, unstated: list[str]) -> None:
+    session.say(f"it is a {source.tensors.format} checkpoint")
+    if not source.has_optimizer_state:
+        session.say("it holds weights only: Adam's moments and step counts start at 0")
+    if unstated:
+        keys = ", ".join(run.sections(unstated, session.identity))
+        session.say(f"not stated by {source.path}: {keys}")
 
 
 def _layout(cfg: Config) -> str:

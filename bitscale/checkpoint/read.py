@@ -1,8 +1,6 @@
 """Reading a checkpoint: any flat range of any parameter, whoever wrote it."""
 
 import hashlib
-import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -10,8 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bitscale.checkpoint.format import read_meta, unreadable, views
-from bitscale.engine.fragments import Fragment
+from bitscale.checkpoint.format import read_meta, unreadable
+from bitscale.checkpoint.source import StateSource
 from bitscale.errors import CheckpointError
 from bitscale.model.collectives import ParameterShard
 
@@ -28,7 +26,7 @@ class _Piece(NamedTuple):
     part: _Part | None
 
 
-class Reader:
+class Reader(StateSource):
     """Reads flat ranges of any parameter's master or moments out of a checkpoint.
 
     Every file is verified against its checksum before its first byte is used, by this process or,
@@ -100,53 +98,10 @@ class Reader:
             )
         return out
 
-    def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, fp32 master in its logical shape), one at a time."""
-        for name, shape in self.meta.shapes.items():
-            yield name, self.read(name, "master", 0, math.prod(shape)).view(shape)
-
     def rng_state(self, rank: int) -> Tensor | None:
         """The CPU generator state that `rank` saved; None if there was no such rank."""
         name = f"state-{rank:05d}-of-{self.meta.world_size:05d}.safetensors"
         return self._handles[name].get_tensor("rng_state") if name in self._handles else None
-
-    def restore(
-        self,
-        fragments: Iterable[Fragment],
-        shapes: Mapping[str, Sequence[int]],
-        optional: Collection[str] = (),
-        *,
-        moments: bool = True,
-    ) -> None:
-        """Fill this rank's fragments of a model with these parameter `shapes`, in place.
-
-        Parameters in `optional` may be missing on either side: what the model has and the
-        checkpoint has not stays as it was built, its moments new but for the step count. Without
-        `moments` only masters are read, and the optimizer stays as new as it is.
-
-        Raises CheckpointError if the checkpoint's parameters are others.
-        """
-        missing = {name for name in optional if (name in shapes) != (name in self.meta.shapes)}
-        for name in sorted((shapes.keys() | self.meta.shapes.keys()) - missing):
-            ours, theirs = shapes.get(name), self.meta.shapes.get(name)
-            if ours is None or theirs is None or list(ours) != list(theirs):
-                raise CheckpointError(
-                    f"{self.path}: {name} has shape {_shown(theirs)} there and {_shown(ours)} "
-                    "here; the checkpoint is of another model: use its model section"
-                )
-        for fragment in fragments:
-            if fragment.name in missing:
-                if not moments:
-                    continue
-                # The count that ZeRO's flat tensors share, and a gradient of 0 would have left.
-                fragment.step.fill_(max(self.meta.adam_steps.values()))
-                continue
-            for kind, view in views(fragment).items():
-                if kind == "master" or moments:
-                    start, numel, shard = fragment.start, fragment.numel, fragment.shard
-                    view.copy_(self.read(fragment.name, kind, start, numel, shard))
-            if moments:
-                fragment.step.fill_(self.meta.adam_steps[fragment.name])
 
     def _open(self, name: str, *, verify: bool) -> None:
         path, expected = self.path / name, self.meta.files[name]
@@ -185,7 +140,3 @@ def _check_file(path: Path, num_bytes: int, sha256: str | None) -> None:
                 f"{path}: checksum differs from meta.json; damaged or foreign: use another "
                 "checkpoint"
             )
-
-
-def _shown(shape: Sequence[int] | None) -> str:
-    return "none" if shape is None else str(list(shape))
