@@ -62,6 +62,7 @@ class ModelSource:
     biases_finished: bool = False
     # λ at which the decoder is what a reader of this form computes; None: as trained.
     read_as: Strength | None = None
+    scale_rounding: float = 2.0**-22  # largest relative error of a scale as it is stored
     post_training: bool = False  # quantized here, not in training: see `rounded_to_nearest`
 
     @property
