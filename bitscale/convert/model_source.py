@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bitscale.checkpoint import Reader
+from bitscale.checkpoint import ANY, Reader
 from bitscale.config import Config, ModelConfig, QuantConfig, parse_config, quant_spec
 from bitscale.config.spec import CodeSpec, QuantSpec
 from bitscale.convert.loaded import DTYPES, decoder_on_meta
@@ -181,7 +181,7 @@ def checkpoint_source(path: Path) -> ModelSource:
         reset_attention=cfg.data.reset_attention,
         corpora=tuple(corpus.path for corpus in cfg.data.corpora),
         config_hash=meta.config_hash,
-        tokenizer_sha256=meta.identity["tokenizer"],
+        tokenizer_sha256=meta.identity["tokenizer"].replace(ANY, ""),
         tokenizer_file=tokenizer_file,
         eod_token=eod_token,
         versions=meta.versions,
