@@ -20,13 +20,15 @@ from bitscale.checkpoint.directory import (
     prune,
     resolve,
     rewind,
+    write_meta,
 )
-from bitscale.checkpoint.format import FORMAT, Meta, read_meta
+from bitscale.checkpoint.format import ANY, FORMAT, Meta, read_meta
 from bitscale.checkpoint.read import Reader
 from bitscale.checkpoint.saver import Saved, Saver, save
 from bitscale.checkpoint.write import give_ordinary_mode
 
 __all__ = [
+    "ANY",
     "FORMAT",
     "Meta",
     "Reader",
@@ -40,4 +42,5 @@ __all__ = [
     "resolve",
     "rewind",
     "save",
+    "write_meta",
 ]

@@ -106,12 +106,7 @@ def make_empty(staging: Path) -> None:
 
 def publish(staging: Path, final: Path, meta: Meta) -> None:
     """Make the durable shards in `staging` the checkpoint in force, `final`."""
-    content = json.dumps(asdict(meta), indent=1) + "\n"
-    digests = {name: file["sha256"] for name, file in meta.files.items()}
-    digests[META_NAME] = hashlib.sha256(content.encode()).hexdigest()
-    for name, text in ((SUMS_NAME, sums_text(digests)), (META_NAME, content)):
-        (staging / name).write_text(text, encoding="utf-8")
-        fsync(staging / name)
+    write_meta(staging, meta)
     fsync(staging)
     if final.exists():  # left by a crash between the rename and the move of `latest`
         _supersede(final)
@@ -119,6 +114,16 @@ def publish(staging: Path, final: Path, meta: Meta) -> None:
     fsync(final.parent)
     fsync(final.parent.parent)  # which may not know of the first checkpoint's parent yet
     _point_latest(final)
+
+
+def write_meta(directory: Path, meta: Meta) -> None:
+    """Write meta.json, whose `files` are complete, and the checksums of all of them, durably."""
+    content = json.dumps(asdict(meta), indent=1) + "\n"
+    digests = {name: file["sha256"] for name, file in meta.files.items()}
+    digests[META_NAME] = hashlib.sha256(content.encode()).hexdigest()
+    for name, text in ((SUMS_NAME, sums_text(digests)), (META_NAME, content)):
+        (directory / name).write_text(text, encoding="utf-8")
+        fsync(directory / name)
 
 
 def _point_latest(checkpoint: Path) -> None:

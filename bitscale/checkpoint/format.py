@@ -16,6 +16,7 @@ FORMAT = "bitscale-checkpoint-2"
 _FORMATS = ("bitscale-checkpoint-1", FORMAT)  # 1 has no SHA256SUMS
 META_NAME = "meta.json"
 SUMS_NAME = "SHA256SUMS"
+ANY = "any"  # in Meta.identity: what a run that starts from this checkpoint may choose
 
 
 @dataclass(frozen=True)

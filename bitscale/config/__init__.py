@@ -10,6 +10,7 @@ from bitscale.config.amendments import (
 )
 from bitscale.config.checks import check_world_size
 from bitscale.config.derived import (
+    has_bias,
     num_kv_heads,
     num_steps,
     point_step,
@@ -21,7 +22,14 @@ from bitscale.config.derived import (
     tokens_per_step,
     transition_step,
 )
-from bitscale.config.load import config_hash, load_config, parse_config, to_tree, to_yaml
+from bitscale.config.load import (
+    config_hash,
+    load_config,
+    parse_config,
+    quant_config,
+    to_tree,
+    to_yaml,
+)
 from bitscale.config.schema import (
     Config,
     ModelConfig,
@@ -54,12 +62,14 @@ __all__ = [
     "batch_index",
     "check_world_size",
     "config_hash",
+    "has_bias",
     "load_config",
     "num_kv_heads",
     "num_steps",
     "parse_amendments",
     "parse_config",
     "point_step",
+    "quant_config",
     "quant_spec",
     "ramp_progress",
     "residual_peak",

@@ -19,7 +19,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from bitscale.config.checks import check
-from bitscale.config.schema import Config
+from bitscale.config.presets import preset as named
+from bitscale.config.schema import Config, QuantConfig
 from bitscale.errors import ConfigError
 
 _Location = tuple[int | str, ...]  # keys and positions in lists, from the top
@@ -58,6 +59,12 @@ def parse_config(tree: object, where: str) -> Config:
         raise ConfigError(f"{where}: {_first_line(error)}") from error
     check(cfg)
     return cfg
+
+
+def quant_config(preset: str) -> QuantConfig:
+    """The section `quant: {preset: ...}`. ConfigError for an unknown preset."""
+    named(preset)  # its message lists the presets
+    return QuantConfig.model_validate({"preset": preset})
 
 
 def to_tree(cfg: Config) -> dict[str, Any]:
