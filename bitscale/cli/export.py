@@ -24,14 +24,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitscale.checkpoint import resolve
+    from bitscale.convert import open_source
     from bitscale.convert.packed import export_packed
 
-    source = resolve(args.source)
-    description = export_packed(source, args.out)
+    source = open_source(args.source)
+    content = export_packed(source, args.out)
     size = (args.out / "model.safetensors").stat().st_size
     print(
-        f"exported {source} to {args.out}: {size / 2**20:.2f} MiB, "
-        f"codes sha256 {description['codes_sha256'][:16]}"
+        f"exported {source.path} to {args.out}: {size / 2**20:.2f} MiB, "
+        f"codes sha256 {content['codes_sha256'][:16]}"
     )
     return 0

@@ -4,7 +4,13 @@ from pathlib import Path
 
 from bitscale.checkpoint import resolve
 from bitscale.convert.loaded import LoadedModel, load_checkpoint
-from bitscale.convert.packed import export_packed, is_packed, load_packed
+from bitscale.convert.model_source import ModelSource, checkpoint_source
+from bitscale.convert.packed import export_packed, is_packed, load_packed, packed_source
+
+
+def open_source(path: Path) -> ModelSource:
+    """The model that `path` holds, to be written elsewhere; CheckpointError if it holds none."""
+    return packed_source(path) if is_packed(path) else checkpoint_source(resolve(path))
 
 
 def load_model(path: Path) -> LoadedModel:
@@ -12,4 +18,11 @@ def load_model(path: Path) -> LoadedModel:
     return load_packed(path) if is_packed(path) else load_checkpoint(resolve(path))
 
 
-__all__ = ["LoadedModel", "export_packed", "load_model", "load_packed"]
+__all__ = [
+    "LoadedModel",
+    "ModelSource",
+    "export_packed",
+    "load_model",
+    "load_packed",
+    "open_source",
+]

@@ -10,77 +10,69 @@ The codes are those of the last training step, to the bit: made from the weights
 that the run computed with, and dequantized once, never re-quantized.
 """
 
-import hashlib
 import json
-import math
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bitscale.checkpoint import Reader, give_ordinary_mode
-from bitscale.config import Config, ModelConfig, QuantConfig, parse_config, quant_spec
+from bitscale.config import ModelConfig, QuantConfig, quant_spec
+from bitscale.convert.certificate import CERTIFICATE_NAME, certificate, codes_digest, to_json
 from bitscale.convert.loaded import DTYPES, LoadedModel, decoder_on_meta
-from bitscale.data.corpus import load_corpus
-from bitscale.errors import CheckpointError, DataError
+from bitscale.convert.model_source import (
+    ModelSource,
+    parameter_shapes,
+    refuse_unless_ternary,
+    ternary_names,
+)
+from bitscale.convert.staging import new_directory, refuse_existing
+from bitscale.convert.tensor_file import TensorSpec, write_sharded
+from bitscale.convert.tokenizer_files import copy_tokenizer
+from bitscale.errors import CheckpointError
 from bitscale.model.bitlinear import PackedBitLinear, bit_linears
 from bitscale.quant.pack import pack_2bit, unpack_2bit
-from bitscale.quant.reference import finished_bias, ternarize
-from bitscale.quant.schedule import TERNARY, quant_strength
+from bitscale.quant.reference import Ternary
+from bitscale.quant.schedule import TERNARY
 
 FORMAT = "bitscale-packed-1"
 
 
-def export_packed(source: Path, out: Path) -> dict[str, Any]:
-    """Write the checkpoint at `source` to the new directory `out`; returns its config.json.
+def export_packed(source: ModelSource, out: Path) -> dict[str, Any]:
+    """Write `source` to the new directory `out`; returns its certificate.
 
     Raises CheckpointError if the model is not fully ternary or a layer does not fit the layout,
     and if `out` exists; nothing is left half-written.
     """
-    reader = Reader(source)
-    if reader.meta.lambda_weight != 1.0:
-        raise CheckpointError(
-            f"{source} is at λ = {reader.meta.lambda_weight:g}, not 1: its weights are not "
-            "ternary; train past the end of the transition's ramp first"
-        )
-    if out.exists():
-        raise CheckpointError(f"{out} already exists; choose another directory or remove it")
-    cfg = parse_config(reader.meta.config, where=str(source))
-    refuse_unpackable(cfg)
-    residual = quant_strength(max(reader.meta.step - 1, 0), cfg).residual
-    if residual:
-        raise CheckpointError(
-            f"{source} is at a residual of {residual:g} x wᵀ, not 0: its outputs still contain "
-            "16-bit weights; train past the end of transition.residual first"
-        )
-    tensors, digest = _pack_all(reader, cfg)
-    description = _describe(reader, cfg, digest)
-    staging = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
-        save_file(tensors, staging / "model.safetensors")
-        give_ordinary_mode(staging / "model.safetensors")
-        description["tokenizer_file"] = _copy_tokenizer(cfg, staging)
-        (staging / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-        staging.rename(out)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise CheckpointError(f"{out}: not written: {error}") from error
-    return description
+    refuse_unless_ternary(source)
+    refuse_existing(out)
+    refuse_unpackable(source.quant)
+    _refuse_rows(source)
+    digest = codes_digest(source.ternary_names, source.ternary)
+    with new_directory(out) as staging:
+        write_sharded(staging, _specs(source), _tensors(source), max_shard_bytes=2**63)
+        tokenizer = copy_tokenizer(source, staging)
+        description = _describe(source, digest) | {"tokenizer_file": tokenizer}
+        (staging / "config.json").write_text(to_json(description))
+        content = certificate(source, "packed", computes=TERNARY, digest=digest)
+        (staging / CERTIFICATE_NAME).write_text(to_json(content))
+    return content
 
 
 def is_packed(path: Path) -> bool:
-    """Whether `path` is a directory that `export_packed` wrote."""
-    return (path / "model.safetensors").is_file() and (path / "config.json").is_file()
+    """Whether `path` looks like a directory that `export_packed` wrote."""
+    try:
+        content = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and str(content.get("format")).startswith("bitscale-packed")
 
 
-def load_packed(path: Path) -> LoadedModel:
-    """The inference model of a packed directory; its forward pass is the one that was trained.
+def packed_source(path: Path) -> ModelSource:
+    """The model of a packed directory, which holds codes and no latent weights.
 
     Raises CheckpointError for damaged or foreign files.
     """
@@ -91,59 +83,117 @@ def load_packed(path: Path) -> LoadedModel:
                 f"{path}: config.json has format {description.get('format')!r}, "
                 f"this version reads {FORMAT!r}"
             )
-        tensors = load_file(path / "model.safetensors")
+        file = safe_open(path / "model.safetensors", framework="pt")
         m = ModelConfig.model_validate_json(json.dumps(description["model"]))
         quant = QuantConfig.model_validate_json(json.dumps(description["quant"]))
-    except (ValueError, KeyError, AttributeError, SafetensorError, OSError) as error:
+        names = ternary_names(m, quant)
+        shapes = parameter_shapes(m, quant)
+        if quant_spec(quant).deadzone_bias:
+            shapes |= {f"{name.removesuffix('.weight')}.bias": shapes[name][:1] for name in names}
+        read = partial(_read, path, file, shapes)
+        source = ModelSource(
+            path=path,
+            kind="packed",
+            model=m,
+            quant=quant,
+            dtype=description["dtype"],
+            strength=TERNARY,
+            step=description["step"],
+            tokens=description["tokens"],
+            seq_len=description["seq_len"],
+            reset_attention=description["reset_attention"],
+            corpora=tuple(description["corpora"]),
+            config_hash=description["config_hash"],
+            tokenizer_sha256=description["tokenizer_sha256"],
+            tokenizer_file=_tokenizer_file(path, description),
+            versions=description["versions"],
+            recipe=_recipe(path),
+            shapes=shapes,
+            ternary_names=names,
+            read=read,
+            read_codes=partial(_read_codes, path, file, shapes),
+            biases_finished=True,
+        )
+    except (ValueError, KeyError, AttributeError, TypeError, SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged or not a packed model ({error})") from error
-    if codes_digest(tensors) != description["codes_sha256"]:
+    if codes_digest(names, source.ternary) != description["codes_sha256"]:
         raise CheckpointError(f"{path}: the codes do not match codes_sha256 in config.json")
-    model = decoder_on_meta(m, quant)
-    try:
-        for name, layer in list(bit_linears(model)):
-            packed = PackedBitLinear(
-                tensors.pop(f"{name}.weight"),
-                tensors.pop(f"{name}.weight_scale"),
-                tensors.pop(f"{name}.bias", None),
-                layer.quant,
-            )
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, packed)
-        if m.tie_embeddings:
-            tensors["head.weight"] = tensors["embed.weight"]
-        model.load_state_dict(tensors, strict=False, assign=True)
-    except (KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path}: tensors do not fit the model in config.json: {error}"
-        ) from error
-    missing = [name for name, p in model.named_parameters() if p.is_meta]
-    if missing:
-        raise CheckpointError(f"{path}: tensors missing: {', '.join(missing)}")
+    return source
+
+
+def load_packed(path: Path) -> LoadedModel:
+    """The inference model of a packed directory; its forward pass is the one that was trained.
+
+    Raises CheckpointError for damaged or foreign files.
+    """
+    source = packed_source(path)
+    m = source.model
+    model = decoder_on_meta(m, source.quant)
+    for name, layer in list(bit_linears(model)):
+        codes_FD, scale = source.ternary(f"{name}.weight")
+        packed = PackedBitLinear(
+            pack_2bit(codes_FD), scale, source.finished_bias(name), layer.quant
+        )
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, packed)
+    others = {name: source.weight(name) for name, _ in model.named_parameters()}
+    if m.tie_embeddings:
+        others["head.weight"] = others["embed.weight"]
+    model.load_state_dict(others, strict=False, assign=True)
     return LoadedModel(
         model,
         TERNARY,
-        description["step"],
-        description["tokenizer_sha256"],
-        description["seq_len"],
-        description["reset_attention"],
-        tuple(description["corpora"]),
+        source.step,
+        source.tokenizer_sha256,
+        source.seq_len,
+        source.reset_attention,
+        source.corpora,
     )
 
 
-def codes_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and codes of all ternary layers, in name order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        if name.endswith(".weight_scale"):
-            weight = name.removesuffix("_scale")
-            digest.update(weight.encode())
-            digest.update(unpack_2bit(tensors[weight]).numpy().tobytes())
-    return digest.hexdigest()
+def _read(path: Path, file: Any, shapes: dict[str, tuple[int, ...]], name: str) -> Tensor:
+    return _tensor(path, file, name, shapes[name]).float()
 
 
-def refuse_unpackable(cfg: Config) -> None:
+def _read_codes(path: Path, file: Any, shapes: dict[str, tuple[int, ...]], name: str) -> Ternary:
+    rows, columns = shapes[name]
+    packed = _tensor(path, file, name, (rows // 4, columns))
+    scale = _tensor(path, file, f"{name}_scale", ())
+    try:
+        return Ternary(unpack_2bit(packed), scale)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {name}: {error}") from error
+
+
+def _tensor(path: Path, file: Any, name: str, shape: tuple[int, ...]) -> Tensor:
+    try:
+        tensor: Tensor = file.get_tensor(name)
+    except SafetensorError:
+        raise CheckpointError(
+            f"{path}: tensors do not fit the model in config.json: {name} is missing"
+        ) from None
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(
+            f"{path}: tensors do not fit the model in config.json: {name} is "
+            f"{list(tensor.shape)}, not {list(shape)}"
+        )
+    return tensor
+
+
+def _tokenizer_file(path: Path, description: dict[str, Any]) -> Path | None:
+    name = description.get("tokenizer_file")
+    return None if name is None else path / Path(name).name
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """From the certificate; exports of before there was one have none."""
+    file = path / CERTIFICATE_NAME
+    return dict(json.loads(file.read_text())["recipe"]) if file.is_file() else {}
+
+
+def refuse_unpackable(quant: QuantConfig) -> None:
     """Raise CheckpointError if codes and one scale a matrix cannot compute what was trained."""
-    spec = quant_spec(cfg.quant)
+    spec = quant_spec(quant)
     weight = spec.weight
     reasons = {
         f"codes {weight.code_min}..{weight.code_max}, not ternary": not weight.is_ternary,
@@ -156,65 +206,65 @@ def refuse_unpackable(cfg: Config) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise CheckpointError(
-                f"quant.preset={cfg.quant.preset!r} trains with {reason}: the packed form would "
+                f"quant.preset={quant.preset!r} trains with {reason}: the packed form would "
                 "not compute what was trained; keep the checkpoint, or train with preset b158"
             )
 
 
-def _pack_all(reader: Reader, cfg: Config) -> tuple[dict[str, Tensor], str]:
-    ternary = {f"{name}.weight" for name, _ in bit_linears(decoder_on_meta(cfg.model, cfg.quant))}
-    tensors: dict[str, Tensor] = {}
-    for name, master in reader.parameters():
-        weight = master.to(DTYPES[cfg.train.dtype])
-        if name not in ternary:
-            tensors.setdefault(name, weight)  # a finished bias is there already
-            continue
-        if weight.shape[0] % 4:
+def _refuse_rows(source: ModelSource) -> None:
+    for name in source.ternary_names:
+        if source.shapes[name][0] % 4:
             raise CheckpointError(
-                f"{name} has {weight.shape[0]} rows; the 2-bit layout packs 4 rows a byte: "
+                f"{name} has {source.shapes[name][0]} rows; the 2-bit layout packs 4 rows a byte: "
                 "choose model sizes that are multiples of 4"
             )
-        codes, scale = ternarize(weight, cfg.quant)
-        tensors[name] = pack_2bit(codes)
-        tensors[f"{name}_scale"] = scale
-        bias_name = f"{name.removesuffix('.weight')}.bias"
-        bias = finished_bias(weight, _bias(reader, cfg, bias_name), cfg.quant)
+
+
+def _specs(source: ModelSource) -> Iterator[TensorSpec]:
+    """What `_tensors` yields, without making it."""
+    dtype = DTYPES[source.dtype]
+    for name, shape in source.shapes.items():
+        if name.endswith(".bias"):
+            continue
+        if name not in source.ternary_names:
+            yield TensorSpec(name, dtype, shape)
+            continue
+        yield TensorSpec(name, torch.uint8, (shape[0] // 4, shape[1]))
+        yield TensorSpec(f"{name}_scale", torch.float32, ())
+        layer = name.removesuffix(".weight")
+        if f"{layer}.bias" in source.shapes or source.spec.deadzone_bias:
+            yield TensorSpec(f"{layer}.bias", dtype, shape[:1])
+
+
+def _tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
+    for name in source.shapes:
+        if name.endswith(".bias"):
+            continue
+        if name not in source.ternary_names:
+            yield name, source.weight(name)
+            continue
+        codes_FD, scale = source.ternary(name)
+        yield name, pack_2bit(codes_FD)
+        yield f"{name}_scale", scale
+        layer = name.removesuffix(".weight")
+        bias = source.finished_bias(layer)
         if bias is not None:
-            tensors[bias_name] = bias
-    return tensors, codes_digest(tensors)
+            yield f"{layer}.bias", bias
 
 
-def _bias(reader: Reader, cfg: Config, name: str) -> Tensor | None:
-    if name not in reader.meta.shapes:
-        return None
-    bias = reader.read(name, "master", 0, math.prod(reader.meta.shapes[name]))
-    return bias.to(DTYPES[cfg.train.dtype])
-
-
-def _describe(reader: Reader, cfg: Config, digest: str) -> dict[str, Any]:
-    meta = reader.meta
+def _describe(source: ModelSource, digest: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "model": meta.config["model"],
-        "quant": meta.config["quant"],
-        "dtype": cfg.train.dtype,
+        "model": source.model.model_dump(),
+        "quant": source.quant.model_dump(),
+        "dtype": source.dtype,
         "codes_sha256": digest,
-        "step": meta.step,
-        "tokens": meta.tokens,
-        "seq_len": cfg.data.seq_len,
-        "reset_attention": cfg.data.reset_attention,
-        "corpora": [corpus.path for corpus in cfg.data.corpora],
-        "config_hash": meta.config_hash,
-        "tokenizer_sha256": meta.identity["tokenizer"],
-        "versions": meta.versions,
+        "step": source.step,
+        "tokens": source.tokens,
+        "seq_len": source.seq_len,
+        "reset_attention": source.reset_attention,
+        "corpora": list(source.corpora),
+        "config_hash": source.config_hash,
+        "tokenizer_sha256": source.tokenizer_sha256,
+        "versions": dict(source.versions),
     }
-
-
-def _copy_tokenizer(cfg: Config, out: Path) -> str | None:
-    """Name of the copied file; None if the corpus has moved since the run."""
-    try:
-        source = load_corpus(cfg.data.corpora[0].path).tokenizer_path
-    except DataError:
-        return None
-    shutil.copyfile(source, out / source.name)
-    return source.name

@@ -183,7 +183,7 @@ def test_export_refusals(finished_run: Path, tmp_path: Path, capsys: Capture) ->
     assert not out.exists()
     out.mkdir()
     error = refused(capsys, "export", finished_run, out)
-    assert f"{out} already exists; choose another directory or remove it" in error
+    assert f"{out} already exists; choose another name or remove it" in error
     assert list(tmp_path.iterdir()) == [out]
 
 

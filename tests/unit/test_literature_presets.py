@@ -467,6 +467,6 @@ def test_export_refuses_what_the_packed_form_cannot_hold(
     make_config: MakeConfig, overrides: list[str], reason: str
 ) -> None:
     with pytest.raises(CheckpointError, match=f"{reason}.*; keep the checkpoint, or train with"):
-        refuse_unpackable(make_config(*overrides))
+        refuse_unpackable(make_config(*overrides).quant)
     for name in ("sherry", "tequila"):
-        refuse_unpackable(make_config(f"quant={{preset: {name}, granularity: matrix}}"))
+        refuse_unpackable(make_config(f"quant={{preset: {name}, granularity: matrix}}").quant)

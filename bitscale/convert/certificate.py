@@ -1,0 +1,73 @@
+"""The certificate of an export: what it was made of, and a digest that any format can be held to.
+
+Written as `bitscale.json` beside an export (or as one string into a file's metadata).
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+from bitscale import __version__
+from bitscale.convert.model_source import ModelSource
+from bitscale.quant.reference import Ternary
+from bitscale.quant.schedule import Strength
+
+FORMAT = "bitscale-certificate-1"
+CERTIFICATE_NAME = "bitscale.json"
+
+
+def codes_digest(names: Iterable[str], ternary: Callable[[str], Ternary]) -> str:
+    """SHA-256 over name and int8 codes [F, D], row by row, of all ternary matrices in name order.
+
+    Names are ours (`layers.0.attn.q.weight`): the same codes have the same digest in any format.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(name.encode())
+        digest.update(ternary(name).codes_FD.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def certificate(
+    source: ModelSource,
+    target: str,
+    *,
+    computes: Strength,
+    digest: str | None,
+    **details: object,
+) -> dict[str, Any]:
+    """What an export of `source` to the format `target` says of itself, as plain JSON types.
+
+    Args:
+        computes: λ at which bitscale's decoder is the function that a reader of the format
+            computes.
+        digest: `codes_digest`, if the export holds codes (whether or not as such).
+        details: what else the format chose.
+    """
+    return {
+        "format": FORMAT,
+        "bitscale": __version__,
+        "target": target,
+        "source": {"kind": source.kind, "step": source.step, "tokens": source.tokens},
+        "computes": computes._asdict(),
+        "codes_sha256": digest,
+        "post_training_quantization": source.post_training,
+        "model": source.model.model_dump(),
+        "quant": source.quant.model_dump(),
+        "quantizer": asdict(source.spec),
+        "dtype": source.dtype,
+        "seq_len": source.seq_len,
+        "reset_attention": source.reset_attention,
+        "corpora": list(source.corpora),
+        "recipe": dict(source.recipe),
+        "config_hash": source.config_hash,
+        "tokenizer_sha256": source.tokenizer_sha256,
+        "versions": dict(source.versions),
+        **details,
+    }
+
+
+def to_json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"

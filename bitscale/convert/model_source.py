@@ -1,0 +1,191 @@
+"""A model as every writer of `bitscale/convert` sees it: one tensor at a time, from any source.
+
+Shapes: F outputs, D inputs of a linear layer.
+
+Names and shapes are ours and logical (names.py has other people's). A tied head is not listed.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bitscale.checkpoint import Reader
+from bitscale.config import Config, ModelConfig, QuantConfig, parse_config, quant_spec
+from bitscale.config.spec import QuantSpec
+from bitscale.convert.loaded import DTYPES, decoder_on_meta
+from bitscale.data.corpus import load_corpus
+from bitscale.errors import CheckpointError, DataError
+from bitscale.model.bitlinear import bit_linears
+from bitscale.quant.reference import Ternary, finished_bias, ternarize
+from bitscale.quant.schedule import TERNARY, Strength, quant_strength
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What is known of a model, and its tensors when they are asked for."""
+
+    path: Path
+    kind: Literal["checkpoint", "packed", "huggingface", "llama2c"]
+    model: ModelConfig  # vocab_size is set
+    quant: QuantConfig
+    dtype: Literal["bf16", "fp32"]  # in which the run computed: codes are made from it
+    strength: Strength  # λ that was trained last; `TERNARY` for packed codes
+    step: int  # optimizer steps done
+    tokens: int  # target tokens consumed
+    seq_len: int
+    reset_attention: bool
+    corpora: tuple[str, ...]
+    config_hash: str
+    tokenizer_sha256: str  # fingerprint: SHA-256 of the tokenizer's file
+    tokenizer_file: Path | None  # None: not to be found any more
+    versions: Mapping[str, str]
+    recipe: Mapping[str, Any]  # the sections of the configuration that made it; {} if unknown
+    shapes: Mapping[str, tuple[int, ...]]  # of every parameter
+    ternary_names: frozenset[str]  # weights of quantized layers, whatever λ
+    # fp32 [logical shape] of a parameter; None where only codes are held.
+    read: Callable[[str], Tensor] | None
+    # Codes and scale of a quantized layer's weight, where they are stored; None: made of latents.
+    read_codes: Callable[[str], Ternary] | None = None
+    # Whether biases are stored with what the quantizer adds to them (quant.deadzone_bias).
+    biases_finished: bool = False
+    post_training: bool = False  # quantized here, not in training: see `rounded_to_nearest`
+
+    @property
+    def spec(self) -> QuantSpec:
+        return quant_spec(self.quant)
+
+    @property
+    def is_ternary(self) -> bool:
+        """Whether codes are what the model computes with: λ = 1, and no residual."""
+        return self.strength.weight == 1.0 and not self.strength.residual
+
+    @property
+    def has_latents(self) -> bool:
+        return self.read_codes is None
+
+    def latent(self, name: str) -> Tensor:
+        """fp32 [logical shape]: the master weight. CheckpointError if only its codes exist."""
+        if self.read_codes is not None and name in self.ternary_names:
+            raise CheckpointError(
+                f"{self.path} holds the codes of {name}, not the 16-bit weights that they were "
+                "made of; use the training checkpoint, or a format that holds codes"
+            )
+        assert self.read is not None
+        return self.read(name)
+
+    def weight(self, name: str) -> Tensor:
+        """[logical shape] in the dtype that the run computed with."""
+        return self.latent(name).to(DTYPES[self.dtype])
+
+    def ternary(self, name: str) -> Ternary:
+        """Codes int8 [F, D] of a quantized layer's weight, and its fp32 scale.
+
+        Those of the last training step, to the bit; never re-quantized.
+        """
+        assert name in self.ternary_names, name
+        if self.read_codes is not None:
+            return self.read_codes(name)
+        return ternarize(self.weight(name), self.quant, alpha_F=self._alpha(name))
+
+    def finished_bias(self, layer: str) -> Tensor | None:
+        """[F] of the finished layer (a name without `.weight`), in the compute dtype, or None."""
+        name = f"{layer}.bias"
+        own = self.weight(name) if name in self.shapes else None
+        if self.biases_finished or not self.spec.deadzone_bias:
+            return own
+        return finished_bias(self.weight(f"{layer}.weight"), own, self.quant)
+
+    def rounded_to_nearest(self, quant: QuantConfig) -> "ModelSource":
+        """The post-training baseline: the same weights, quantized by `quant` without training."""
+        return replace(self, quant=quant, strength=TERNARY, post_training=True)
+
+    def _alpha(self, name: str) -> Tensor | None:
+        if not self.spec.learns_scale:
+            return None
+        return self.weight(f"{name.removesuffix('.weight')}.alpha")
+
+
+def refuse_unless_ternary(source: ModelSource) -> None:
+    """Raise CheckpointError if codes would not be what the model computes with."""
+    if source.strength.weight != 1.0:
+        raise CheckpointError(
+            f"{source.path} is at λ = {source.strength.weight:g}, not 1: its weights are not "
+            "ternary; train past the end of the transition's ramp first"
+        )
+    if source.strength.residual:
+        raise CheckpointError(
+            f"{source.path} is at a residual of {source.strength.residual:g} x wᵀ, not 0: its "
+            "outputs still contain 16-bit weights; train past the end of transition.residual first"
+        )
+
+
+def checkpoint_source(path: Path) -> ModelSource:
+    """The model of a training checkpoint. CheckpointError for a damaged one."""
+    reader = Reader(path)
+    meta = reader.meta
+    cfg = parse_config(meta.config, where=str(path))
+    # The step that was trained last; ε follows from it, as λ does, which the checkpoint repeats.
+    residual = quant_strength(max(meta.step - 1, 0), cfg).residual
+    shapes = {name: tuple(shape) for name, shape in meta.shapes.items()}
+    return ModelSource(
+        path=path,
+        kind="checkpoint",
+        model=cfg.model,
+        quant=cfg.quant,
+        dtype=cfg.train.dtype,
+        strength=Strength(meta.lambda_weight, meta.lambda_activation, residual),
+        step=meta.step,
+        tokens=meta.tokens,
+        seq_len=cfg.data.seq_len,
+        reset_attention=cfg.data.reset_attention,
+        corpora=tuple(corpus.path for corpus in cfg.data.corpora),
+        config_hash=meta.config_hash,
+        tokenizer_sha256=meta.identity["tokenizer"],
+        tokenizer_file=_tokenizer_file(cfg, path),
+        versions=meta.versions,
+        recipe={key: value for key, value in meta.config.items() if key in _RECIPE},
+        shapes=shapes,
+        ternary_names=ternary_names(cfg.model, cfg.quant),
+        read=partial(_read_master, reader, shapes),
+    )
+
+
+# What decides the weights; the rest of a configuration says where and how fast.
+_RECIPE = ("model", "data", "train", "optim", "transition", "quant")
+
+
+def ternary_names(m: ModelConfig, quant: QuantConfig) -> frozenset[str]:
+    """Names of the weights that the decoder quantizes."""
+    layers = bit_linears(decoder_on_meta(m, quant))
+    return frozenset(f"{name}.weight" for name, _ in layers)
+
+
+def parameter_shapes(m: ModelConfig, quant: QuantConfig) -> dict[str, tuple[int, ...]]:
+    """Logical shape of every parameter of the decoder; a tied head is not listed."""
+    parameters = decoder_on_meta(m, quant).named_parameters()
+    return {name: tuple(parameter.shape) for name, parameter in parameters}
+
+
+def _read_master(reader: Reader, shapes: Mapping[str, tuple[int, ...]], name: str) -> Tensor:
+    master: Tensor = reader.read(name, "master", 0, prod(shapes[name])).view(shapes[name])
+    assert master.dtype == torch.float32
+    return master
+
+
+def _tokenizer_file(cfg: Config, checkpoint: Path) -> Path | None:
+    """The corpus's, unless it has moved since the run; an imported checkpoint holds its own."""
+    for name in TOKENIZER_FILES:
+        if (checkpoint / name).is_file():
+            return checkpoint / name
+    try:
+        return load_corpus(cfg.data.corpora[0].path).tokenizer_path
+    except DataError:
+        return None
