@@ -33,7 +33,7 @@ class ModelSource:
     """What is known of a model, and its tensors when they are asked for."""
 
     path: Path
-    kind: Literal["checkpoint", "packed", "huggingface", "llama2c"]
+    kind: Literal["checkpoint", "packed", "compact", "gguf", "huggingface", "llama2c"]
     model: ModelConfig  # vocab_size is set
     quant: QuantConfig
     dtype: Literal["bf16", "fp32"]  # in which the run computed: codes are made from it

@@ -191,7 +191,7 @@ def _recipe(path: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text())["recipe"]) if file.is_file() else {}
 
 
-def refuse_unpackable(quant: QuantConfig) -> None:
+def refuse_unpackable(quant: QuantConfig, form: str = "the packed form") -> None:
     """Raise CheckpointError if codes and one scale a matrix cannot compute what was trained."""
     spec = quant_spec(quant)
     weight = spec.weight
@@ -206,7 +206,7 @@ def refuse_unpackable(quant: QuantConfig) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise CheckpointError(
-                f"quant.preset={quant.preset!r} trains with {reason}: the packed form would "
+                f"quant.preset={quant.preset!r} trains with {reason}: {form} would "
                 "not compute what was trained; keep the checkpoint, or train with preset b158"
             )
 
