@@ -3,11 +3,11 @@
 Ternary weights are stored as the codes of the last training step, never quantized again. GGUF's
 blocks carry their scale in fp16, which is off by up to 2^-12 of it; so by default every ternary
 tensor gets what is missing as a one-element fp32 `.scale` tensor, by which llama.cpp multiplies the
-layer's output (`exact`). Readers that know no such tensors get the fp16 scale; some refuse the file:
-for them there is `fp16`, without these tensors.
+layer's output (`exact`). Readers that know no such tensors get the fp16 scale; some refuse the
+file: for them there is `fp16`, without these tensors.
 
-llama.cpp quantizes activations to int8 per 256 inputs and not, as in training, per token: its logits
-differ from ours by that (docs/conversion.md).
+llama.cpp quantizes activations to int8 per 256 inputs and not, as in training, per token: its
+logits differ from ours by that (docs/conversion.md).
 
 Shapes: F outputs, D inputs of a linear layer.
 """
@@ -122,9 +122,9 @@ def _refuse_columns(source: ModelSource, columns: int, encoding: Encoding) -> No
     bad = [name for name in sorted(source.ternary_names) if source.shapes[name][1] % columns]
     if bad:
         raise CheckpointError(
-            f"{bad[0]} has {source.shapes[bad[0]][1]} columns and {encoding.upper()} stores them in "
-            f"blocks of {columns} ({len(bad)} of {len(source.ternary_names)} layers do not divide);"
-            " llama.cpp would fall back to another type: use gguf-bf16, packed or compact, or train "
+            f"{bad[0]} has {source.shapes[bad[0]][1]} columns and {encoding.upper()} stores blocks "
+            f"of {columns} ({len(bad)} of {len(source.ternary_names)} layers do not divide); "
+            "llama.cpp would fall back to another type: use gguf-bf16, packed or compact, or train "
             f"with model.d_model and model.d_ff that are multiples of {columns}"
         )
 
@@ -133,8 +133,8 @@ def _vocabulary(source: ModelSource) -> Vocabulary:
     path = source.tokenizer_file
     if path is None or not path.is_file():
         raise CheckpointError(
-            f"{source.path}: the tokenizer is not where the run found it ({path or 'unknown'}); put "
-            "the corpus back, or give --gguf-tokenizer none to write the file without one"
+            f"{source.path}: the tokenizer is not where the run found it ({path or 'unknown'}); "
+            "put the corpus back, or give --gguf-tokenizer none to write the file without one"
         )
     assert source.model.vocab_size is not None
     return read_vocabulary(path, source.model.vocab_size)
@@ -148,14 +148,10 @@ def _certificate(plan: Plan) -> dict[str, Any]:
     details: dict[str, object] = {"gguf_scales": plan.scales} if codes else {}
     if plan.encoding == "i2_s":
         details["i2_s_platform"] = "x86"
-    return certificate(
-        source, f"gguf-{plan.encoding}", computes=computes, digest=digest, **details
-    )
+    return certificate(source, f"gguf-{plan.encoding}", computes=computes, digest=digest, **details)
 
 
-def _write(
-    plan: Plan, path: Path, content: dict[str, Any], vocabulary: Vocabulary | None
-) -> None:
+def _write(plan: Plan, path: Path, content: dict[str, Any], vocabulary: Vocabulary | None) -> None:
     writer = _gguf_writer(plan.architecture)
     _add_metadata(writer, plan, content, vocabulary)
     names = list(plan.source.shapes)

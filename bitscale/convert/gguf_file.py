@@ -1,8 +1,9 @@
 """GGUF files read without trusting them: header, metadata, tensors as views of the mapped file.
 
-gguf-py's reader knows no I2_S, takes seconds for a large vocabulary, and believes every length. The
-format (version 2 and 3, little endian): magic, version, number of tensors and of metadata pairs; the
-pairs; for each tensor name, dimensions (columns first), type, offset; then, aligned, the data.
+gguf-py's reader knows no I2_S, takes seconds for a large vocabulary, and believes every length.
+The format (version 2 and 3, little endian): magic, version, number of tensors and of metadata
+pairs; the pairs; for each tensor name, dimensions (columns first), type, offset; then, aligned, the
+data.
 """
 
 import math
@@ -23,7 +24,19 @@ CERTIFICATE_KEY = "bitscale.certificate"  # JSON, see certificate.py
 _ALIGNMENT = 32
 _MOST_DIMENSIONS = 4
 _MOST_DEPTH = 4  # of arrays in arrays
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _STRING, _ARRAY = 8, 9
 
 

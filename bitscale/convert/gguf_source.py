@@ -1,9 +1,9 @@
 """A GGUF file as a model: of ours (its certificate is in the metadata), or of architecture llama,
 qwen3 or bitnet from elsewhere, if its tensors are floating point, TQ1_0, TQ2_0 or I2_S.
 
-Codes come out as they are stored, with scale = d, times the tensor's `.scale` if it has one; nothing
-is quantized again. Of a floating-point file that our certificate says is ternary, the codes are the
-signs and the scale is the largest weight.
+Codes come out as they are stored, with scale = d, times the tensor's `.scale` if it has one;
+nothing is quantized again. Of a floating-point file that our certificate says is ternary, the codes
+are the signs and the scale is the largest weight.
 
 Shapes: F outputs, D inputs of a linear layer.
 """
@@ -36,6 +36,10 @@ from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BLOCKS: dict[str, BlockType] = {"TQ1_0": "tq1_0", "TQ2_0": "tq2_0"}
 TERNARY_TYPES = (*_BLOCKS, "I2_S")
+_NEEDED = (
+    *("codes_sha256", "source", "dtype", "seq_len", "reset_attention", "corpora"),
+    *("config_hash", "tokenizer_sha256", "versions", "recipe"),
+)
 
 
 def gguf_source(path: Path) -> ModelSource:
@@ -98,9 +102,7 @@ def certificate_of(file: GgufFile) -> dict[str, Any] | None:
     try:
         content = json.loads(text)
         ModelConfig(**content["model"]), QuantConfig(**content["quant"])
-        needed = ("codes_sha256", "source", "dtype", "seq_len", "reset_attention", "corpora")
-        needed += ("config_hash", "tokenizer_sha256", "versions", "recipe")
-        missing = [key for key in needed if key not in content]
+        missing = [key for key in _NEEDED if key not in content]
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{file.path}: its {CERTIFICATE_KEY} is damaged ({_one_line(error)}); export it again"
@@ -131,8 +133,8 @@ def _model_config(file: GgufFile, architecture: Architecture) -> ModelConfig:
     scaling = value("rope.scaling.type", "none")
     if scaling not in ("none", "linear") or ROPE_FACTORS in file.tensors:
         raise CheckpointError(
-            f"{file.path} stretches its rotary frequencies ({scaling}); from foreign GGUF files only "
-            "plain and linearly scaled ones are read: import the model's Hugging Face directory"
+            f"{file.path} stretches its rotary frequencies ({scaling}); from foreign GGUF files "
+            "only plain and linearly scaled ones are read: import the Hugging Face directory"
         )
     factor = value("rope.scaling.factor", 1.0)
     linear = scaling == "linear" and factor != 1.0
@@ -196,8 +198,8 @@ def _read(file: GgufFile, m: ModelConfig, architecture: Architecture, name: str)
     dtype = _FLOATS.get(tensor.type.name)
     if dtype is None:
         raise CheckpointError(
-            f"{file.path}: {tensor.name} is of the type {tensor.type.name}; {', '.join(_FLOATS)} are "
-            f"read, and {', '.join(TERNARY_TYPES)} in the linear layers"
+            f"{file.path}: {tensor.name} is of the type {tensor.type.name}; {', '.join(_FLOATS)} "
+            f"are read, and {', '.join(TERNARY_TYPES)} in the linear layers"
         )
     values = file.bytes_of(tensor).view(dtype).view(tensor.shape).float()
     scale = file.tensors.get(f"{tensor.name.removesuffix('.weight')}.scale")
@@ -258,4 +260,3 @@ def _unpermuted(t: Tensor, name: str, m: ModelConfig, architecture: Architecture
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-

@@ -1,8 +1,8 @@
 """A tokenizer as the metadata of a GGUF file, such that llama.cpp gives the same ids.
 
-sentencepiece BPE is llama.cpp's "llama"; byte-level BPE (tokenizer.json) its "gpt2" with the name of
-one of the regular expressions that it knows. Neither begin nor end tokens are added, as in training,
-unless a tokenizer_config.json beside the file asks for them.
+sentencepiece BPE is llama.cpp's "llama"; byte-level BPE (tokenizer.json) its "gpt2" with the name
+of one of the regular expressions that it knows. Neither begin nor end tokens are added, as in
+training, unless a tokenizer_config.json beside the file asks for them.
 
 What llama.cpp would tokenize differently is refused: it has no unigram model with byte fallback.
 """
@@ -47,10 +47,7 @@ def read_vocabulary(path: Path, vocab_size: int) -> Vocabulary:
 
     Raises CheckpointError if llama.cpp has no such tokenizer.
     """
-    if path.suffix == ".json":
-        vocabulary = _byte_level(path)
-    else:
-        vocabulary = _sentencepiece(path)
+    vocabulary = _byte_level(path) if path.suffix == ".json" else _sentencepiece(path)
     missing = vocab_size - len(vocabulary.tokens)
     if missing < 0:
         raise CheckpointError(
@@ -91,7 +88,9 @@ def _sentencepiece(path: Path) -> Vocabulary:
     try:
         proto.ParseFromString(path.read_bytes())
     except DecodeError as error:
-        raise CheckpointError(f"{path} is not a sentencepiece model ({error}); {_REMEDY}") from error
+        raise CheckpointError(
+            f"{path} is not a sentencepiece model ({error}); {_REMEDY}"
+        ) from error
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     reasons = {
         "is not sentencepiece BPE; llama.cpp has no unigram model with byte fallback": (

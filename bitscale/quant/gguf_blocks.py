@@ -121,14 +121,19 @@ def _check_columns(columns: int) -> None:
         raise ValueError(f"{columns} columns are not a multiple of {BLOCK}")
 
 
+def _split(t: Tensor, *sizes: int) -> Tensor:
+    """The last dimension as several."""
+    return t.reshape(*t.shape[:-1], *sizes)
+
+
 def _tq2_0_bytes(trits_FB: Tensor) -> Tensor:
     """[F, B, 256] -> [F, B, 64]"""
-    q = trits_FB.unflatten(-1, (2, 4, 32))
+    q = _split(trits_FB, 2, 4, 32)
     return (q[..., 0, :] | q[..., 1, :] << 2 | q[..., 2, :] << 4 | q[..., 3, :] << 6).flatten(-2)
 
 
 def _tq2_0_trits(quants: Tensor, reason: str) -> Tensor:
-    halves = quants.unflatten(-1, (2, 1, 32))
+    halves = _split(quants, 2, 1, 32)
     trits = torch.cat([halves >> shift & 3 for shift in (0, 2, 4, 6)], dim=-2)
     if trits.numel() and int(trits.max()) > 2:
         raise ValueError(reason)
@@ -137,9 +142,9 @@ def _tq2_0_trits(quants: Tensor, reason: str) -> Tensor:
 
 def _tq1_0_bytes(trits_FB: Tensor) -> Tensor:
     """[F, B, 256] -> [F, B, 52]"""
-    first = five_to_byte(trits_FB[..., :160].unflatten(-1, (5, 32)))
-    second = five_to_byte(trits_FB[..., 160:240].unflatten(-1, (5, 16)))
-    four = trits_FB[..., 240:].unflatten(-1, (4, 4))
+    first = five_to_byte(_split(trits_FB[..., :160], 5, 32))
+    second = five_to_byte(_split(trits_FB[..., 160:240], 5, 16))
+    four = _split(trits_FB[..., 240:], 4, 4)
     third = five_to_byte(torch.cat((four, torch.zeros_like(four[..., :1, :])), dim=-2))
     return torch.cat((first, second, third), dim=-1)
 

@@ -106,7 +106,7 @@ def five_to_byte(trits: Tensor) -> Tensor:
 
 
 def byte_to_five(packed: Tensor, reason: str) -> Tensor:
-    """uint8 [..., W] -> [..., 5, W]. Raises ValueError(reason) on a byte that packing never gives."""
+    """uint8 [..., W] -> [..., 5, W]. ValueError(reason) on a byte that packing never gives."""
     fraction, trits = packed.to(torch.int32), []
     # 243 q = 256 v + r, and q = ceil(256 v / 243) exactly if r < 243.
     if bool((243 * fraction % 256 >= 243).any()):
