@@ -35,6 +35,7 @@ from bitscale.model.collectives import ParameterShard
 
 FORMAT = "bitscale-checkpoint-1"
 _KINDS = ("master", *MOMENTS)
+ANY = "any"  # in Meta.identity: what a run that starts from this checkpoint may choose
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def _vocabulary(source: ModelSource) -> Vocabulary:
             "put the corpus back, or give --gguf-tokenizer none to write the file without one"
         )
     assert source.model.vocab_size is not None
-    return read_vocabulary(path, source.model.vocab_size)
+    return read_vocabulary(path, source.model.vocab_size, source.eod_token)
 
 
 def _certificate(plan: Plan) -> dict[str, Any]:

@@ -38,7 +38,7 @@ _BLOCKS: dict[str, BlockType] = {"TQ1_0": "tq1_0", "TQ2_0": "tq2_0"}
 TERNARY_TYPES = (*_BLOCKS, "I2_S")
 _NEEDED = (
     *("codes_sha256", "source", "dtype", "seq_len", "reset_attention", "corpora"),
-    *("config_hash", "tokenizer_sha256", "versions", "recipe"),
+    *("config_hash", "tokenizer_sha256", "versions", "recipe", "post_training_quantization"),
 )
 
 
@@ -57,14 +57,16 @@ def gguf_source(path: Path) -> ModelSource:
     types = {file.tensors[to_gguf(name)].type.name for name in names}
     stores_codes = types <= set(TERNARY_TYPES)
     holds_codes = stores_codes or bool(content and content["codes_sha256"])
+    computes = _computes(stores_codes, holds_codes)
     read = partial(_read, file, m, architecture)
     return ModelSource(
         path=path,
         kind="gguf",
+        form="/".join(sorted(types)),
         model=m,
         quant=quant,
         dtype=content["dtype"] if content else "fp32",
-        strength=_strength(stores_codes, holds_codes),
+        strength=Strength(**content["trained_at"]) if content else computes,
         step=content["source"]["step"] if content else 0,
         tokens=content["source"]["tokens"] if content else 0,
         seq_len=content["seq_len"] if content else file.metadata[f"{architecture}.context_length"],
@@ -73,6 +75,7 @@ def gguf_source(path: Path) -> ModelSource:
         config_hash=content["config_hash"] if content else "",
         tokenizer_sha256=content["tokenizer_sha256"] if content else "",
         tokenizer_file=None,
+        eod_token=None,
         versions=content["versions"] if content else {},
         recipe=content["recipe"] if content else {},
         shapes=shapes,
@@ -80,6 +83,8 @@ def gguf_source(path: Path) -> ModelSource:
         read=read,
         read_codes=partial(_read_codes, file, m, architecture) if holds_codes else None,
         biases_finished=True,
+        read_as=computes,
+        post_training=bool(content and content["post_training_quantization"]),
     )
 
 
@@ -102,6 +107,7 @@ def certificate_of(file: GgufFile) -> dict[str, Any] | None:
     try:
         content = json.loads(text)
         ModelConfig(**content["model"]), QuantConfig(**content["quant"])
+        Strength(**content["trained_at"])
         missing = [key for key in _NEEDED if key not in content]
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
@@ -114,7 +120,7 @@ def certificate_of(file: GgufFile) -> dict[str, Any] | None:
     return dict(content)
 
 
-def _strength(stores_codes: bool, holds_codes: bool) -> Strength:
+def _computes(stores_codes: bool, holds_codes: bool) -> Strength:
     """What a reader computes: activations are quantized only where weights are stored as codes."""
     if stores_codes:
         return TERNARY

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bitscale.data.tokenizer import load_tokenizer
 from bitscale.errors import CheckpointError
 
 # TokenType of gguf-py, as llama.cpp's enum.
@@ -42,12 +43,17 @@ class Vocabulary(NamedTuple):
     flags: dict[str, bool]
 
 
-def read_vocabulary(path: Path, vocab_size: int) -> Vocabulary:
+def read_vocabulary(path: Path, vocab_size: int, eod_token: str | None) -> Vocabulary:
     """Of a `.model` or tokenizer.json; `vocab_size` is the model's, which may be larger.
+
+    `eod_token` as in `load_tokenizer`.
 
     Raises CheckpointError if llama.cpp has no such tokenizer.
     """
-    vocabulary = _byte_level(path) if path.suffix == ".json" else _sentencepiece(path)
+    loaded = load_tokenizer(path, eod_token)  # refuses what is neither
+    vocabulary = _byte_level(path) if loaded.kind == "huggingface" else _sentencepiece(path)
+    special = {"bos": loaded.bos_id, "eos": loaded.eos_id}
+    vocabulary.special.update({role: id_ for role, id_ in special.items() if id_ is not None})
     missing = vocab_size - len(vocabulary.tokens)
     if missing < 0:
         raise CheckpointError(
@@ -81,16 +87,10 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
 
 
 def _sentencepiece(path: Path) -> Vocabulary:
-    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except DecodeError as error:
-        raise CheckpointError(
-            f"{path} is not a sentencepiece model ({error}); {_REMEDY}"
-        ) from error
+    proto.ParseFromString(path.read_bytes())
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     reasons = {
         "is not sentencepiece BPE; llama.cpp has no unigram model with byte fallback": (
@@ -109,15 +109,7 @@ def _sentencepiece(path: Path) -> Vocabulary:
         piece.piece.replace("▁", " ") if piece.type == _USER_DEFINED else piece.piece
         for piece in proto.pieces
     ]
-    special = {
-        role: token
-        for role, token in (
-            ("bos", trainer.bos_id),
-            ("eos", trainer.eos_id),
-            ("unknown", trainer.unk_id),
-        )
-        if token >= 0
-    }
+    special = {"unknown": trainer.unk_id} if trainer.unk_id >= 0 else {}
     return Vocabulary(
         "llama",
         "default",
@@ -131,9 +123,6 @@ def _sentencepiece(path: Path) -> Vocabulary:
 
 
 def _byte_level(path: Path) -> Vocabulary:
-    from bitscale.data.tokenizer import load_tokenizer
-
-    loaded = load_tokenizer(path)  # refuses what is no tokenizer.json
     content = json.loads(path.read_text(encoding="utf-8"))
     model = content["model"]
     if model.get("type") != "BPE":
@@ -158,10 +147,7 @@ def _byte_level(path: Path) -> Vocabulary:
         else:
             types.append(_NORMAL)
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    special = {"eos": loaded.eos_id}
-    if loaded.bos_id is not None:
-        special["bos"] = loaded.bos_id
-    return Vocabulary("gpt2", rule, tokens, types, None, merges, special, _begin_and_end(path))
+    return Vocabulary("gpt2", rule, tokens, types, None, merges, {}, _begin_and_end(path))
 
 
 def _rule(content: dict[str, Any]) -> str | None:
