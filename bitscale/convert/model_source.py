@@ -42,7 +42,7 @@ class ModelSource:
     """What is known of a model, and its tensors when they are asked for."""
 
     path: Path
-    kind: Literal["checkpoint", "packed", "huggingface", "llama2c"]
+    kind: Literal["checkpoint", "packed", "compact", "gguf", "huggingface", "llama2c"]
     form: str  # what its weights are, for people: latent, dequantized, packed 2-bit, ...
     model: ModelConfig  # vocab_size is set
     quant: QuantConfig

@@ -1,8 +1,9 @@
-"""bitscale's packed form: ternary layers at 2 bits a weight, everything else in 16 (or 32) bit.
+"""bitscale's packed forms: ternary layers at 2 or 1.6 bits a weight, all else in 16 (or 32) bit.
 
-    model.safetensors   NAME.weight uint8 [F/4, D] (layout: quant/pack.py) with NAME.weight_scale
-                        fp32 scalar for every ternary layer; other tensors as they are, but
-                        for a NAME.bias with what the quantizer adds (quant.deadzone_bias)
+    model.safetensors   NAME.weight uint8 [F/4, D] (packed, 2 bits) or [F, ceil(D/5)] (compact,
+                        base 3; layouts: quant/pack.py) with NAME.weight_scale fp32 scalar for
+                        every ternary layer; other tensors as they are, but for a NAME.bias with
+                        what the quantizer adds (quant.deadzone_bias)
     config.json         shape, quantizer, provenance and the SHA-256 over all codes
     tokenizer.*         copied from the corpus that the model was trained on
 
@@ -15,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,14 +35,15 @@ from bitscale.convert.staging import new_directory, refuse_existing
 from bitscale.convert.tensor_file import TensorSpec, write_sharded
 from bitscale.errors import CheckpointError
 from bitscale.model.bitlinear import PackedBitLinear, bit_linears
-from bitscale.quant.pack import pack_2bit, unpack_2bit
+from bitscale.quant.pack import base3_width, pack_2bit, pack_base3, unpack_2bit, unpack_base3
 from bitscale.quant.reference import Ternary
 from bitscale.quant.schedule import TERNARY
 
-FORMAT = "bitscale-packed-1"
+Form = Literal["packed", "compact"]
+FORMATS: dict[Form, str] = {"packed": "bitscale-packed-1", "compact": "bitscale-compact-1"}
 
 
-def export_packed(source: ModelSource, out: Path) -> dict[str, Any]:
+def export_packed(source: ModelSource, out: Path, form: Form = "packed") -> dict[str, Any]:
     """Write `source` to the new directory `out`; returns its certificate.
 
     Raises CheckpointError if the model is not fully ternary or a layer does not fit the layout,
@@ -49,15 +51,17 @@ def export_packed(source: ModelSource, out: Path) -> dict[str, Any]:
     """
     refuse_unless_ternary(source)
     refuse_existing(out)
-    refuse_unpackable(source.quant)
-    refuse_rows(source)
+    refuse_unpackable(source.quant, f"the {form} form")
+    if form == "packed":
+        refuse_rows(source)
     digest = codes_digest(source.ternary_names, source.ternary)
     with new_directory(out) as staging:
-        write_sharded(staging, _specs(source), _tensors(source), max_shard_bytes=2**63)
+        specs, tensors = _specs(source, form), _tensors(source, form)
+        write_sharded(staging, specs, tensors, max_shard_bytes=2**63)
         tokenizer = _copy_tokenizer(source, staging)
-        description = _describe(source, digest) | {"tokenizer_file": tokenizer}
+        description = _describe(source, form, digest) | {"tokenizer_file": tokenizer}
         (staging / "config.json").write_text(to_json(description))
-        content = certificate(source, "packed", computes=TERNARY, digest=digest)
+        content = certificate(source, form, computes=TERNARY, digest=digest)
         (staging / CERTIFICATE_NAME).write_text(to_json(content))
     return content
 
@@ -68,7 +72,8 @@ def is_packed(path: Path) -> bool:
         content = json.loads((path / "config.json").read_text())
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and str(content.get("format")).startswith("bitscale-packed")
+    named = str(content.get("format")) if isinstance(content, dict) else ""
+    return named.startswith(("bitscale-packed", "bitscale-compact"))
 
 
 def packed_source(path: Path) -> ModelSource:
@@ -78,11 +83,7 @@ def packed_source(path: Path) -> ModelSource:
     """
     try:
         description = json.loads((path / "config.json").read_text())
-        if description.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{path}: config.json has format {description.get('format')!r}, "
-                f"this version reads {FORMAT!r}"
-            )
+        form = _form(path, description)
         file = safe_open(path / "model.safetensors", framework="pt")
         m = ModelConfig.model_validate_json(json.dumps(description["model"]))
         quant = QuantConfig.model_validate_json(json.dumps(description["quant"]))
@@ -93,8 +94,8 @@ def packed_source(path: Path) -> ModelSource:
         read = partial(_read, path, file, shapes)
         source = ModelSource(
             path=path,
-            kind="packed",
-            form="2-bit codes",
+            kind=form,
+            form="2-bit codes" if form == "packed" else "base-3 codes",
             model=m,
             quant=quant,
             dtype=description["dtype"],
@@ -113,7 +114,7 @@ def packed_source(path: Path) -> ModelSource:
             shapes=shapes,
             ternary_names=names,
             read=read,
-            read_codes=partial(_read_codes, path, file, shapes),
+            read_codes=partial(_read_codes, path, file, shapes, form),
             biases_finished=True,
         )
     except (ValueError, KeyError, AttributeError, TypeError, SafetensorError, OSError) as error:
@@ -133,8 +134,13 @@ def load_packed(path: Path) -> LoadedModel:
     model = decoder_on_meta(m, source.quant)
     for name, layer in list(bit_linears(model)):
         codes_FD, scale = source.ternary(f"{name}.weight")
+        compact = source.kind == "compact"
         packed = PackedBitLinear(
-            pack_2bit(codes_FD), scale, source.finished_bias(name), layer.quant
+            pack_base3(codes_FD) if compact else pack_2bit(codes_FD),
+            scale,
+            source.finished_bias(name),
+            layer.quant,
+            codes_FD.shape[1] if compact else None,
         )
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, packed)
@@ -153,15 +159,27 @@ def load_packed(path: Path) -> LoadedModel:
     )
 
 
+def _form(path: Path, description: dict[str, Any]) -> Form:
+    named = description.get("format")
+    for form, name in FORMATS.items():
+        if named == name:
+            return form
+    known = " and ".join(repr(name) for name in FORMATS.values())
+    raise CheckpointError(f"{path}: config.json has format {named!r}, this version reads {known}")
+
+
 def _read(path: Path, file: Any, shapes: dict[str, tuple[int, ...]], name: str) -> Tensor:
     return _tensor(path, file, name, shapes[name]).float()
 
 
-def _read_codes(path: Path, file: Any, shapes: dict[str, tuple[int, ...]], name: str) -> Ternary:
-    rows, columns = shapes[name]
-    packed = _tensor(path, file, name, (rows // 4, columns))
+def _read_codes(
+    path: Path, file: Any, shapes: dict[str, tuple[int, ...]], form: Form, name: str
+) -> Ternary:
+    packed = _tensor(path, file, name, _packed_shape(shapes[name], form))
     scale = _tensor(path, file, f"{name}_scale", ())
     try:
+        if form == "compact":
+            return Ternary(unpack_base3(packed, shapes[name][1]), scale)
         return Ternary(unpack_2bit(packed), scale)
     except ValueError as error:
         raise CheckpointError(f"{path}: {name}: {error}") from error
@@ -193,7 +211,7 @@ def _recipe(path: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text())["recipe"]) if file.is_file() else {}
 
 
-def refuse_unpackable(quant: QuantConfig) -> None:
+def refuse_unpackable(quant: QuantConfig, form: str = "the packed form") -> None:
     """Raise CheckpointError if codes and one scale a matrix cannot compute what was trained."""
     spec = quant_spec(quant)
     weight = spec.weight
@@ -208,7 +226,7 @@ def refuse_unpackable(quant: QuantConfig) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise CheckpointError(
-                f"quant.preset={quant.preset!r} trains with {reason}: the packed form would "
+                f"quant.preset={quant.preset!r} trains with {reason}: {form} would "
                 "not compute what was trained; keep the checkpoint, or train with preset b158"
             )
 
@@ -219,11 +237,16 @@ def refuse_rows(source: ModelSource) -> None:
         if source.shapes[name][0] % 4:
             raise CheckpointError(
                 f"{name} has {source.shapes[name][0]} rows; the 2-bit layout packs 4 rows a byte: "
-                "choose model sizes that are multiples of 4"
+                "choose model sizes that are multiples of 4, or --format compact"
             )
 
 
-def _specs(source: ModelSource) -> Iterator[TensorSpec]:
+def _packed_shape(shape: tuple[int, ...], form: Form) -> tuple[int, int]:
+    rows, columns = shape
+    return (rows // 4, columns) if form == "packed" else (rows, base3_width(columns))
+
+
+def _specs(source: ModelSource, form: Form) -> Iterator[TensorSpec]:
     """What `_tensors` yields, without making it."""
     dtype = DTYPES[source.dtype]
     for name, shape in source.shapes.items():
@@ -232,14 +255,14 @@ def _specs(source: ModelSource) -> Iterator[TensorSpec]:
         if name not in source.ternary_names:
             yield TensorSpec(name, dtype, shape)
             continue
-        yield TensorSpec(name, torch.uint8, (shape[0] // 4, shape[1]))
+        yield TensorSpec(name, torch.uint8, _packed_shape(shape, form))
         yield TensorSpec(f"{name}_scale", torch.float32, ())
         layer = name.removesuffix(".weight")
         if f"{layer}.bias" in source.shapes or source.spec.deadzone_bias:
             yield TensorSpec(f"{layer}.bias", dtype, shape[:1])
 
 
-def _tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
+def _tensors(source: ModelSource, form: Form) -> Iterator[tuple[str, Tensor]]:
     for name in source.shapes:
         if name.endswith(".bias"):
             continue
@@ -247,7 +270,7 @@ def _tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
             yield name, source.weight(name)
             continue
         codes_FD, scale = source.ternary(name)
-        yield name, pack_2bit(codes_FD)
+        yield name, pack_2bit(codes_FD) if form == "packed" else pack_base3(codes_FD)
         yield f"{name}_scale", scale
         layer = name.removesuffix(".weight")
         bias = source.finished_bias(layer)
@@ -255,9 +278,9 @@ def _tensors(source: ModelSource) -> Iterator[tuple[str, Tensor]]:
             yield f"{layer}.bias", bias
 
 
-def _describe(source: ModelSource, digest: str) -> dict[str, Any]:
+def _describe(source: ModelSource, form: Form, digest: str) -> dict[str, Any]:
     return {
-        "format": FORMAT,
+        "format": FORMATS[form],
         "model": source.model.model_dump(),
         "quant": source.quant.model_dump(),
         "dtype": source.dtype,

@@ -29,7 +29,7 @@ from bitscale.model.vocabulary import vocabulary_range
 from bitscale.quant.kernels import Kernels, Measure, get_kernels
 from bitscale.quant.kernels.linear import ternary_linear
 from bitscale.quant.learned import initial_scale
-from bitscale.quant.pack import unpack_2bit
+from bitscale.quant.pack import unpack_2bit, unpack_base3
 from bitscale.quant.quantizer import Codes
 from bitscale.quant.reference import (
     Int8Rows,
@@ -253,18 +253,28 @@ class BitConv2d(nn.Conv2d):
 
 
 class PackedBitLinear(nn.Module):
-    """A finished ternary layer for inference: 2-bit codes and one scale, no latent weight."""
+    """A finished ternary layer for inference: packed codes and one scale, no latent weight."""
 
-    def __init__(self, packed: Tensor, scale: Tensor, bias: Tensor | None, quant: Quant) -> None:
+    def __init__(
+        self,
+        packed: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        quant: Quant,
+        base3_columns: int | None = None,
+    ) -> None:
         super().__init__()
-        self.quant = quant
-        self.register_buffer("packed", packed)  # uint8 [F/4, D], see quant/pack.py
+        self.quant, self.base3_columns = quant, base3_columns
+        # uint8 [F/4, D] of two bits a code; or [F, D/5] of base 3 and D. See quant/pack.py.
+        self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)  # fp32 scalar
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         packed, scale = cast(Tensor, self.packed), cast(Tensor, self.scale)
-        weight = Ternary(unpack_2bit(packed), scale)
+        columns = self.base3_columns
+        codes_FD = unpack_2bit(packed) if columns is None else unpack_base3(packed, columns)
+        weight = Ternary(codes_FD, scale)
         return finished_linear(x, weight, cast(Tensor | None, self.bias), self.quant)
 
 

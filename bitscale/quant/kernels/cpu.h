@@ -1,7 +1,8 @@
-/* What cpu_rows.c and cpu_gemm.c share: a launch, numbers, and how rows are read and written.
+/* What cpu_rows.c, cpu_gemm.c and cpu_pack.c share: a launch, numbers, and how rows are read and
+written.
 
 A kernel is a function of (launch, block): block is a row of a matrix, or so many elements of a
-weight; which fields of the launch it uses says its comment. cpu_library.py compiles the two files
+weight; which fields of the launch it uses says its comment. cpu_library.py compiles the three files
 when they are first needed and mirrors `Launch`. Plain C of gcc and clang, without torch's headers.
 
 Shapes: T tokens, D inputs, F outputs, N = F·D weights. The specification of every formula is

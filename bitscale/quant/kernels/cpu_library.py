@@ -23,7 +23,7 @@ from torch import Tensor
 from bitscale.errors import KernelUnavailable
 
 _HEADER, *_SOURCES = (
-    Path(__file__).with_name(name) for name in ("cpu.h", "cpu_rows.c", "cpu_gemm.c")
+    Path(__file__).with_name(name) for name in ("cpu.h", "cpu_rows.c", "cpu_gemm.c", "cpu_pack.c")
 )
 # No -ffast-math and no contraction to fused multiply-add: cpu.h says why.
 _FLAGS = (
