@@ -3,6 +3,7 @@
 from bitscale.config.checks import check_world_size
 from bitscale.config.derived import (
     num_kv_heads,
+    num_pipeline_stages,
     num_steps,
     point_step,
     quant_spec,
@@ -15,6 +16,7 @@ from bitscale.config.derived import (
 )
 from bitscale.config.load import config_hash, load_config, parse_config, to_tree, to_yaml
 from bitscale.config.schema import (
+    Checkpointing,
     Config,
     ModelConfig,
     OptimConfig,
@@ -27,6 +29,7 @@ from bitscale.config.schema import (
 )
 
 __all__ = [
+    "Checkpointing",
     "Config",
     "ModelConfig",
     "OptimConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "config_hash",
     "load_config",
     "num_kv_heads",
+    "num_pipeline_stages",
     "num_steps",
     "parse_config",
     "point_step",

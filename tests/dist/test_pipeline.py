@@ -63,12 +63,13 @@ class Layout(NamedTuple):
 # What else may go wrong in a pipeline; each is a change of tiny_config's sections.
 TIED: dict[str, dict[str, Any]] = {}
 UNTIED = {"model": {"tie_embeddings": False, "bias": True, "qk_norm": True}}
-DOCUMENTS = {"data": {"reset_attention": True}, "train": {"activation_checkpointing": True}}
+DOCUMENTS = {"data": {"reset_attention": True}, "train": {"activation_checkpointing": "full"}}
 FEW_DOCUMENTS = DOCUMENTS | {
-    "train": {"activation_checkpointing": True, "micro_batch_size": 2},
+    "train": {"activation_checkpointing": "selective", "micro_batch_size": 2},
 }
 LEARNED = {"quant": {"preset": "paretoq"}}
 RESIDUAL = {"transition": {"residual": {"peak": 0.2, "over": {"steps": 6}}}}
+V: dict[str, dict[str, Any]] = {"parallel": {"pipeline_schedule": "dualpipev"}}
 WIDE = {"model": {"head_bits": 8}, "train": {"micro_batch_size": 2}}
 
 RUNS = {
@@ -83,6 +84,10 @@ RUNS = {
     "pp2-dp2-bf16": (Layout(4, 2), "bf16", TIED),
     "pp2-tp2-bf16": (Layout(4, 2, 2), "bf16", WIDE | UNTIED),
     "pp2-tp2-sp": (Layout(4, 2, 2, True), "fp32", FEW_DOCUMENTS),
+    "v2": (Layout(2, 2), "fp32", V),
+    "v2-bf16-untied-documents": (Layout(2, 2), "bf16", V | UNTIED | DOCUMENTS),
+    "v2-dp2-bf16": (Layout(4, 2), "bf16", V),
+    "v2-tp2-sp": (Layout(4, 2, 2, True), "fp32", V),
 }
 
 
@@ -92,7 +97,7 @@ def layout_config(layout: Layout, dtype: str = "fp32", **changes: Any) -> Config
         "pp": layout.pp,
         "tp": layout.tp,
         "sequence_parallel": layout.sequence_parallel,
-    }
+    } | changes.pop("parallel", {})
     engine = {"deepspeed": NO_PERSISTENCE} if layout.stage == 3 else {}
     return tiny_config(
         layout.stage, dtype, model=model, parallel=parallel, engine=engine, **changes
@@ -172,6 +177,7 @@ def without_pipeline(name: str, world_of: World_of, corpus: Path) -> Curve:
     layout, dtype, changes = RUNS[name]
     if layout.tp == 1:
         return reference(layout_config(layout, dtype, **changes), corpus)
+    changes = {section: keys for section, keys in changes.items() if section != "parallel"}
     cfg = layout_config(layout._replace(pp=1), dtype, **changes)
     curve: Curve = world_of(layout.tp).run(train, cfg, corpus, seconds=SECONDS)[0]
     return curve

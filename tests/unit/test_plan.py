@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bitscale.cli.main import main
-from bitscale.config import Config, check_world_size
+from bitscale.config import Checkpointing, Config, check_world_size
 from bitscale.config.checks import check
 from bitscale.errors import ConfigError
 from bitscale.model import cost
@@ -65,17 +65,18 @@ class PeakBytes(TorchDispatchMode):
         self.now -= self.live.pop(key)
 
 
-@pytest.mark.parametrize("ckpt", [False, True])
+@pytest.mark.parametrize("ckpt", get_args(Checkpointing))
 @pytest.mark.parametrize("phase", ["16 bit", "ternary"])
 def test_peak_is_that_of_a_forward_and_backward_pass(
-    phase: Phase, ckpt: bool, make_config: Callable[..., Config]
+    phase: Phase, ckpt: Checkpointing, make_config: Callable[..., Config]
 ) -> None:
     sizes = {"vocab_size": 512, "num_layers": 6, "d_model": 128, "d_ff": 384}
     cfg = make_config(
         *(f"model.{key}={value}" for key, value in sizes.items()),
         "data.seq_len=64",
         "train.micro_batch_size=8",
-        f"train.activation_checkpointing={str(ckpt).lower()}",
+        f"train.activation_checkpointing={ckpt}",
+        "quant.kernel=reference",
         "train.dtype=bf16",
     )
     layout = make_layout(cfg, Cluster(1, 1, find_gpu("cpu")))
@@ -108,7 +109,7 @@ def gpt(
         f"num_kv_heads: {heads}, d_ff: {4 * width}, mlp: relu2, norm: layernorm, bias: true}}",
         "data.seq_len=2048",
         f"train={{steps: 100, global_batch_size: {batch_size}, micro_batch_size: {size}, "
-        f"dtype: bf16, activation_checkpointing: {str(recompute).lower()}}}",
+        f"dtype: bf16, activation_checkpointing: {'full' if recompute else 'none'}}}",
         f"parallel={{tp: {tp}, pp: {pp}, "
         f"sequence_parallel: {str(tp > 1 and not recompute).lower()}}}",
     )
@@ -303,12 +304,14 @@ def test_zero3_without_checkpointing_keeps_codes_of_every_layer(
 ) -> None:
     options = ("engine.zero_stage=3", "train.micro_batch_size=1", "model.num_layers=8")
     copies = []
-    for checkpointing in ("false", "true"):
+    for checkpointing in ("none", "selective", "full"):
         layout = planned(make_config, *options, f"train.activation_checkpointing={checkpointing}")
         held = memory(layout, layout.stages[0], "ternary")
         copies.append(held.parts["codes and copies"])
-    matrices = cost.parameters(layout.cfg.model).matrices
-    assert copies == [matrices, matrices / 8]
+    m = layout.cfg.model
+    matrices, behind = cost.parameters(m).matrices, cost.recomputed_matrices(m, "selective")
+    # Selective: those of o and down are made again.
+    assert copies == [matrices, matrices - 7 * behind, matrices / 8]
 
 
 def test_reference_kernels_multiply_in_fp32(make_config: Callable[..., Config]) -> None:
@@ -344,7 +347,8 @@ def test_search_finds_only_what_can_be_and_ranks_it(make_config: Callable[..., C
         check_world_size(plan.layout.cfg, 4)
         assert plan.peak_bytes <= 0.3 * 79.1 * GIB
     days = [plan.days for plan in found.fitting]
-    assert all(after >= 0.995 * before for before, after in itertools.pairwise(days))
+    # Three digits decide: what is within one percent is ordered by something else.
+    assert all(after >= 0.99 * before for before, after in itertools.pairwise(days))
     assert len({json.dumps(to_tree(plan)["layout"]) for plan in found.fitting}) == len(days)
     # Nothing else about the run has changed.
     first = found.fitting[0].layout.cfg
