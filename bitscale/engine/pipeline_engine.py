@@ -66,9 +66,8 @@ class PipelineEngine(TrainEngine):
         input_ids_BS, target_ids_BS, document_ids_BS = self.to_device(batch)
         assert input_ids_BS is not None and target_ids_BS is not None
         mesh, stage, x = self.mesh, self._stage, input_ids_BS
-        way = [*range(mesh.pp_size), *reversed(range(mesh.pp_size))][
-            : num_pipeline_stages(self.cfg)
-        ]
+        there = range(mesh.pp_size)
+        way = [*there, *reversed(there)][: num_pipeline_stages(self.cfg)]
         for hop, pp_rank in enumerate(way):
             if pp_rank != mesh.pp_rank:
                 continue

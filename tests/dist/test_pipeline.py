@@ -45,6 +45,7 @@ from bitscale.transition import begin_transition
 pytestmark = pytest.mark.dist
 
 World_of = Callable[[int], World]
+V = "dualpipev"
 SECONDS = 300.0  # for one world; a busy machine needs many times what an idle one does
 
 
@@ -54,6 +55,7 @@ class Layout(NamedTuple):
     tp: int = 1
     sequence_parallel: bool = False
     stage: int = 1
+    schedule: str = "1f1b"
 
     @property
     def folder(self) -> str:
@@ -69,7 +71,6 @@ FEW_DOCUMENTS = DOCUMENTS | {
 }
 LEARNED = {"quant": {"preset": "paretoq"}}
 RESIDUAL = {"transition": {"residual": {"peak": 0.2, "over": {"steps": 6}}}}
-V: dict[str, dict[str, Any]] = {"parallel": {"pipeline_schedule": "dualpipev"}}
 WIDE = {"model": {"head_bits": 8}, "train": {"micro_batch_size": 2}}
 
 RUNS = {
@@ -84,10 +85,9 @@ RUNS = {
     "pp2-dp2-bf16": (Layout(4, 2), "bf16", TIED),
     "pp2-tp2-bf16": (Layout(4, 2, 2), "bf16", WIDE | UNTIED),
     "pp2-tp2-sp": (Layout(4, 2, 2, True), "fp32", FEW_DOCUMENTS),
-    "v2": (Layout(2, 2), "fp32", V),
-    "v2-bf16-untied-documents": (Layout(2, 2), "bf16", V | UNTIED | DOCUMENTS),
-    "v2-dp2-bf16": (Layout(4, 2), "bf16", V),
-    "v2-tp2-sp": (Layout(4, 2, 2, True), "fp32", V),
+    "v2-bf16-untied-documents": (Layout(2, 2, schedule=V), "bf16", UNTIED | DOCUMENTS),
+    "v2-dp2-bf16": (Layout(4, 2, schedule=V), "bf16", TIED),
+    "v2-tp2-sp": (Layout(4, 2, 2, True, schedule=V), "fp32", TIED),
 }
 
 
@@ -97,7 +97,8 @@ def layout_config(layout: Layout, dtype: str = "fp32", **changes: Any) -> Config
         "pp": layout.pp,
         "tp": layout.tp,
         "sequence_parallel": layout.sequence_parallel,
-    } | changes.pop("parallel", {})
+        "pipeline_schedule": layout.schedule,
+    }
     engine = {"deepspeed": NO_PERSISTENCE} if layout.stage == 3 else {}
     return tiny_config(
         layout.stage, dtype, model=model, parallel=parallel, engine=engine, **changes
@@ -121,6 +122,8 @@ def build(mesh: Mesh, cfg: Config) -> tuple[TrainEngine, Mesh]:
 def run(mesh: Mesh, cfg: Config, corpus: Path) -> Seen:
     engine, mesh = build(mesh, cfg)
     assert isinstance(engine, PipelineEngine)
+    has_two = type(engine._engine).__name__ == "DualPipeVEngine"
+    assert has_two == (cfg.parallel.pipeline_schedule == V)
     calls = count_quantizations(engine)
     batches = make_batches(cfg, corpus, mesh.dp_rank, mesh.dp_size)
     curve, counts = Curve([], [], {}), []
@@ -177,8 +180,7 @@ def without_pipeline(name: str, world_of: World_of, corpus: Path) -> Curve:
     layout, dtype, changes = RUNS[name]
     if layout.tp == 1:
         return reference(layout_config(layout, dtype, **changes), corpus)
-    changes = {section: keys for section, keys in changes.items() if section != "parallel"}
-    cfg = layout_config(layout._replace(pp=1), dtype, **changes)
+    cfg = layout_config(layout._replace(pp=1, schedule="1f1b"), dtype, **changes)
     curve: Curve = world_of(layout.tp).run(train, cfg, corpus, seconds=SECONDS)[0]
     return curve
 
@@ -266,7 +268,10 @@ def check_finished_model(ranks: list[Seen], cfg: Config, corpus: Path) -> None:
 
 SAVING = {
     "tied": (TIED, [Layout(1, 1), Layout(2, 2), Layout(4, 4), Layout(4, 2, 2, True)]),
-    "untied": (UNTIED, [Layout(1, 1), Layout(2, 2), Layout(2, 1, stage=3), Layout(4, 2)]),
+    "untied": (
+        UNTIED,
+        [Layout(1, 1), Layout(2, 2, schedule=V), Layout(2, 1, stage=3), Layout(4, 2)],
+    ),
 }
 
 
