@@ -12,6 +12,7 @@ from bitscale.config.checks import check_world_size
 from bitscale.config.derived import (
     has_bias,
     num_kv_heads,
+    num_pipeline_stages,
     num_steps,
     point_step,
     quant_spec,
@@ -31,6 +32,7 @@ from bitscale.config.load import (
     to_yaml,
 )
 from bitscale.config.schema import (
+    Checkpointing,
     Config,
     ModelConfig,
     OptimConfig,
@@ -47,6 +49,7 @@ from bitscale.config.schema import (
 __all__ = [
     "Amendment",
     "Amendments",
+    "Checkpointing",
     "Config",
     "ModelConfig",
     "OptimConfig",
@@ -65,6 +68,7 @@ __all__ = [
     "has_bias",
     "load_config",
     "num_kv_heads",
+    "num_pipeline_stages",
     "num_steps",
     "parse_amendments",
     "parse_config",

@@ -5,6 +5,7 @@ import math
 
 from bitscale.config.derived import (
     num_kv_heads,
+    num_pipeline_stages,
     num_steps,
     quant_spec,
     residual_peak,
@@ -65,6 +66,13 @@ def check_world_size(cfg: Config, world_size: int) -> None:
             f"train.global_batch_size={whole} is not a multiple of train.micro_batch_size={micro} "
             f"x {num_replicas} data-parallel ranks (world_size={world_size}); use a global batch "
             f"of {near}, or another number of ranks"
+        )
+    per_pipeline, least = whole // (micro * num_replicas), num_pipeline_stages(cfg)
+    if cfg.parallel.pipeline_schedule == "dualpipev" and per_pipeline < least:
+        raise ConfigError(
+            f"parallel.pipeline_schedule='dualpipev' needs {least} micro-batches a step for "
+            f"parallel.pp={cfg.parallel.pp}, and train.global_batch_size={whole} gives "
+            f"{per_pipeline}; use a global batch of {least * micro * num_replicas}, or 1f1b"
         )
 
 
@@ -285,9 +293,16 @@ def _check_parallel(cfg: Config) -> None:
             f"parallel.tp={p.tp} with engine.zero_stage=0: the gradient norm over tensor parallel "
             "ranks is DeepSpeed's ZeRO optimizer's; use engine.zero_stage=1 (the same update)"
         )
-    if p.pp > m.num_layers:
+    if p.pp == 1 and p.pipeline_schedule != "1f1b":
         raise ConfigError(
-            f"parallel.pp={p.pp} stages for model.num_layers={m.num_layers}; use at most as many"
+            f"parallel.pipeline_schedule={p.pipeline_schedule!r} with parallel.pp=1 has no "
+            "pipeline to schedule; raise pp, or leave the schedule out"
+        )
+    if num_pipeline_stages(cfg) > m.num_layers:
+        raise ConfigError(
+            f"parallel.pp={p.pp} with pipeline_schedule={p.pipeline_schedule!r} makes "
+            f"{num_pipeline_stages(cfg)} stages for model.num_layers={m.num_layers}; use at most "
+            "as many"
         )
     if p.pp > 1 and cfg.engine.zero_stage != 1:
         raise ConfigError(

@@ -76,6 +76,11 @@ def has_bias(m: ModelConfig, layer: str) -> bool:
     return m.bias
 
 
+def num_pipeline_stages(cfg: Config) -> int:
+    """Stages that the layers are cut into: one for each of the pp ranks, two with DualPipeV."""
+    return cfg.parallel.pp * (2 if cfg.parallel.pipeline_schedule == "dualpipev" else 1)
+
+
 def stop_step(cfg: Config) -> int:
     """Step after which this session ends (the budget, or `train.stop_step` before it)."""
     return min(num_steps(cfg), cfg.train.stop_step or num_steps(cfg))

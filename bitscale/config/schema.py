@@ -91,6 +91,7 @@ class ModelConfig(Section):
     init_std: PositiveFloat = 0.02  # std of N(0, std²); / sqrt(2 · layers) in o and down
 
 
+Checkpointing = Literal["none", "selective", "full"]
 PresetName = Literal[
     "b158",
     "hf",
@@ -257,7 +258,9 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt  # sequences per forward pass and rank
     dtype: Literal["bf16", "fp32"] = "bf16"  # of weights and activations; masters are fp32
     seed: NonNegativeInt = 0  # initial weights
-    activation_checkpointing: bool = False  # recompute blocks in the backward pass
+    # recomputed in the backward pass; selective: attention, the gated product, norms and codes
+    # between matrix products; full: whole blocks
+    activation_checkpointing: Checkpointing = "none"
     eval_every: NonNegativeInt = 0  # steps; 0: only at the end
     eval_batches: NonNegativeInt = 0  # global batches of validation text; 0: all of it
 
@@ -280,6 +283,8 @@ class ParallelConfig(Section):
 
     tp: PositiveInt = 1  # tensor parallel ranks, which share every matrix
     pp: PositiveInt = 1  # pipeline stages, which share the layers
+    # dualpipev: each rank has two stages, the first rank the first and the last
+    pipeline_schedule: Literal["1f1b", "dualpipev"] = "1f1b"
     sequence_parallel: bool = False  # norms and residuals split along the sequence, over tp
 
 

@@ -1,4 +1,4 @@
-"""The train step on DeepSpeed's pipeline engine: 1F1B over stages, ZeRO-1 within each.
+"""The train step on DeepSpeed's pipeline engine: 1F1B or DualPipeV over stages, ZeRO-1 within each.
 
 The one layer that DeepSpeed sees of a stage is our `DecoderStage`, so that who computes what, and
 every name, are the model's. A step quantizes each stage's weights once, before its micro-batches.
@@ -10,6 +10,7 @@ state, which data-parallel sums in another order let drift away.)
 """
 
 from collections.abc import Iterable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bitscale.config import Config
+from bitscale.config import Config, num_pipeline_stages
 from bitscale.data.batches import EvaluationBatch, MicroBatch
 from bitscale.engine.mpu import ModelParallelUnit
 from bitscale.engine.train_engine import StepResult, TrainEngine
@@ -64,17 +65,23 @@ class PipelineEngine(TrainEngine):
         self._prepare_weights()
         input_ids_BS, target_ids_BS, document_ids_BS = self.to_device(batch)
         assert input_ids_BS is not None and target_ids_BS is not None
-        mesh, stage = self.mesh, self._stage
-        x = input_ids_BS if stage.is_first else self._receive_hidden(*input_ids_BS.shape)
-        out = stage(x if document_ids_BS is None else (x, document_ids_BS))
+        mesh, stage, x = self.mesh, self._stage, input_ids_BS
+        there = range(mesh.pp_size)
+        way = [*there, *reversed(there)][: num_pipeline_stages(self.cfg)]
+        for hop, pp_rank in enumerate(way):
+            if pp_rank != mesh.pp_rank:
+                continue
+            if hop > 0 and way[hop - 1] != pp_rank:
+                x = self._receive_hidden(self._rank_at(way[hop - 1]), *input_ids_BS.shape)
+            inputs = x if document_ids_BS is None else (x, document_ids_BS)
+            out = stage(inputs, phase=hop // mesh.pp_size)
+            x = out[0] if isinstance(out, tuple) else out
+            if hop + 1 < len(way) and way[hop + 1] != pp_rank:
+                dist.send(x.contiguous(), self._rank_at(way[hop + 1]), mesh.pp_group)
+        losses_BS = torch.empty(target_ids_BS.shape, device=mesh.device)
         if stage.is_last:
-            losses_BS = stage.loss(out, target_ids_BS, reduction="none").float().contiguous()
-        else:
-            hidden = out[0] if isinstance(out, tuple) else out
-            dist.send(hidden.contiguous(), mesh.rank + mesh.stride, mesh.pp_group)
-            losses_BS = torch.empty(target_ids_BS.shape, device=mesh.device)
-        last = mesh.rank + (mesh.pp_size - 1 - mesh.pp_rank) * mesh.stride
-        dist.broadcast(losses_BS, last, mesh.pp_group)
+            losses_BS = stage.loss(x, target_ids_BS, reduction="none").float().contiguous()
+        dist.broadcast(losses_BS, self._rank_at(way[-1]), mesh.pp_group)
         return losses_BS
 
     def publish_masters(self) -> None:
@@ -96,13 +103,19 @@ class PipelineEngine(TrainEngine):
         return [p for p in self.module.parameters() if p is not self._copy]
 
     def _deepspeed_model(self) -> Any:
-        from deepspeed.pipe import PipelineModule
+        from deepspeed.pipe import DualPipeVModule, PipelineModule
         from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
         mesh, stage = self.mesh, self._stage
-        # One layer a stage, of which only this rank's is ever asked for.
-        layers = [stage if i == mesh.pp_rank else nn.Identity() for i in range(mesh.pp_size)]
-        pipe = PipelineModule(
+        num_stages = num_pipeline_stages(self.cfg)
+        # One layer a stage, of which only this rank's are ever asked for. The second is a function:
+        # the module is there already.
+        layers: list[Any] = [nn.Identity() for _ in range(num_stages)]
+        layers[mesh.pp_rank] = stage
+        kind = PipelineModule
+        if num_stages > mesh.pp_size:
+            kind, layers[-1 - mesh.pp_rank] = DualPipeVModule, partial(stage, phase=1)
+        pipe = kind(
             layers,
             topology=PipeModelDataParallelTopology(mesh.pp_size, mesh.tp_size, mesh.dp_size),
             loss_fn=stage.loss,
@@ -134,12 +147,15 @@ class PipelineEngine(TrainEngine):
         """The last stage's copy follows the first stage's weight (a collective)."""
         weight = self._stage.tied_weight
         if weight is not None:
-            first = self.mesh.rank - self.mesh.pp_rank * self.mesh.stride
-            dist.broadcast(weight.data, first, self.mesh.ends_group)
+            dist.broadcast(weight.data, self._rank_at(0), self.mesh.ends_group)
         if self._tied_grad is not None:
             self._tied_grad.zero_()
 
-    def _receive_hidden(self, batch_size: int, seq_len: int) -> Tensor:
+    def _rank_at(self, pp_rank: int) -> int:
+        """In the world: who stands there in this pipeline."""
+        return self.mesh.rank + (pp_rank - self.mesh.pp_rank) * self.mesh.stride
+
+    def _receive_hidden(self, source: int, batch_size: int, seq_len: int) -> Tensor:
         mesh, tp = self.mesh, self._stage.tp
         d_model = self.cfg.model.d_model
         shape = (batch_size, seq_len, d_model)
@@ -147,7 +163,7 @@ class PipelineEngine(TrainEngine):
             shape = (seq_len // tp.size, batch_size, d_model)
         dtype = next(self.module.parameters()).dtype
         hidden = torch.empty(shape, dtype=dtype, device=mesh.device)
-        dist.recv(hidden, mesh.rank - mesh.stride, mesh.pp_group)
+        dist.recv(hidden, source, mesh.pp_group)
         return hidden
 
 

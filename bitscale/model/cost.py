@@ -8,10 +8,10 @@ Symbols: D model width, S sequence, V vocabulary; of one rank: q width of its qu
 its key/value heads, f of its part of the feed-forward; b bytes of an activation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from bitscale.config import ModelConfig, has_bias
+from bitscale.config import Checkpointing, ModelConfig, has_bias
 from bitscale.config.spec import QuantSpec, kernel_measure
 
 # λ = 0; 0 < λ < 1; λ = 1.
@@ -95,6 +95,7 @@ class Setting:
     tp: int = 1
     sequence_parallel: bool = False
     reset_attention: bool = False
+    checkpointing: Checkpointing = "none"
 
     @property
     def residual_share(self) -> float:
@@ -203,19 +204,31 @@ def blocks_per_stage(m: ModelConfig, seq_len: int, num_stages: int) -> tuple[int
 
 
 def recomputed_flops(
-    m: ModelConfig, seq_len: int, phase: Phase, way: Way, *, num_layers: int | None, tp: int = 1
+    m: ModelConfig,
+    seq_len: int,
+    phase: Phase,
+    way: Way,
+    checkpointing: Checkpointing,
+    *,
+    num_layers: int | None,
+    tp: int = 1,
 ) -> Flops:
-    """Per token, of activation checkpointing: the blocks' forward pass once more.
+    """Per token, of activation checkpointing: the blocks' forward pass once more, or what lies
+    between their products.
 
-    It stops at the last tensor that is needed. That is the input of the down projection, except
-    where the projection itself hands over codes.
+    It stops at the last tensor that is needed, which is the input of the down projection (in
+    selective checkpointing also that of the output projection); only the specification's integer
+    product hands over its codes when it is done.
     """
+    if checkpointing == "none":
+        return Flops(0.0, 0.0, 0.0)
     layers = m.num_layers if num_layers is None else num_layers
     whole = forward_flops(m, seq_len, num_layers=layers, tp=tp, has_head=False)
-    if phase == "ternary" and way != "floating":
-        return whole
-    down = block_matrices(m, tp)[-1]
-    return whole._replace(matrices=whole.matrices - 2.0 * layers * down.numel)
+    multiplies = phase == "ternary" and way == "integer"
+    last = {matrix.name: 2.0 * layers * matrix.numel for matrix in block_matrices(m, tp)}
+    if checkpointing == "full":
+        return whole._replace(matrices=whole.matrices - (0 if multiplies else last["down"]))
+    return whole._replace(matrices=last["o"] + last["down"] if multiplies else 0.0)
 
 
 def weight_copies(phase: Phase, way: Way, bytes_: int) -> WeightCopies:
@@ -234,10 +247,20 @@ def block_saved_bytes(m: ModelConfig, at: Setting) -> dict[str, float]:
     """Bytes per token that one block saves for its backward pass, by kind. No weights or copies
     of them."""
     s, b, share = shard(m, at.tp), at.bytes, at.residual_share
+    if at.checkpointing == "full":
+        return {"layer inputs": share * b * s.d}
     num_up = 1 if m.mlp == "relu2" else 2
     norms = 2 * share * _norm(s.d, m, at)
     # Gathered whole with sequence parallelism, and kept so.
     inputs = _input(s.d, 3, at) + _input(s.d, num_up, at)
+    if at.checkpointing == "selective":
+        # What the matrix products give, and what q, k, v and gate, up read.
+        return {
+            "norms": norms,
+            "inputs of linear layers": inputs,
+            "attention": float(b * (s.q + 2 * s.kv)),
+            "feed-forward": float(b * s.f * num_up),
+        }
     if m.sub_norm and at.tp > 1:
         # Its columns spread over ranks: the input, a statistic and the result without weight.
         norms += b * (s.q + 2 * s.f) + 2 * FLOAT_BYTES
@@ -270,9 +293,30 @@ def block_workspace_bytes(m: ModelConfig, at: Setting) -> float:
     return 4.0 * at.bytes * shard(m, at.tp).f
 
 
-def checkpoint_bytes(m: ModelConfig, at: Setting) -> float:
-    """Bytes per token that a checkpointed block keeps: its input."""
-    return at.residual_share * at.bytes * m.d_model
+def recomputed_bytes(m: ModelConfig, at: Setting) -> float:
+    """Bytes per token of what a block saves anew in its backward pass, at most at once."""
+    if at.checkpointing == "none":
+        return 0.0
+    whole = block_saved_bytes(m, replace(at, checkpointing="none"))
+    if at.checkpointing == "full":
+        return sum(whole.values())
+    # Attention and feed-forward are recomputed one after the other, each with what is behind it.
+    s, b = shard(m, at.tp), at.bytes
+    kept = block_saved_bytes(m, at)
+    attention = float(b * (2 * s.q + 2 * s.kv) + FLOAT_BYTES * s.heads)
+    attention += whole.get("attention masks", 0.0)
+    feed_forward = whole["feed-forward"] - kept["feed-forward"]
+    behind = sum(whole[kind] - kept[kind] for kind in ("norms", "inputs of linear layers"))
+    behind_attention = behind * s.q / (s.q + s.f)
+    return max(attention + behind_attention, feed_forward + behind - behind_attention)
+
+
+def reference_workspace_bytes(m: ModelConfig, at: Setting, num_tokens: int) -> float:
+    """Bytes of the widest backward product of a block at λ = 1, which quant.kernel=reference
+    computes in fp32: copies of gradient and codes, and the result."""
+    s, b = shard(m, at.tp), at.bytes
+    rows = s.f + (s.d if b < FLOAT_BYTES else 0)  # an fp32 gradient needs no copy
+    return float(FLOAT_BYTES * (num_tokens * rows + s.f * s.d))
 
 
 def embedding_saved_bytes() -> float:
@@ -295,6 +339,14 @@ def loss_workspace_bytes(m: ModelConfig, tp: int = 1) -> float:
     """Bytes per token that live beside the saved log-softmax at the start of the backward pass:
     its gradient and that of the logits, fp32."""
     return 2.0 * FLOAT_BYTES * shard(m, tp).vocab
+
+
+def recomputed_matrices(m: ModelConfig, checkpointing: Checkpointing, tp: int = 1) -> int:
+    """Weights of a block whose copies are not kept from its forward to its backward pass."""
+    if checkpointing == "none":
+        return 0
+    names = ("o", "down") if checkpointing == "selective" else None
+    return sum(x.numel for x in block_matrices(m, tp) if names is None or x.name in names)
 
 
 def _norm(width: int, m: ModelConfig, at: Setting) -> float:

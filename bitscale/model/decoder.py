@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bitscale.config import ModelConfig, QuantConfig
+from bitscale.config import Checkpointing, ModelConfig, QuantConfig
 from bitscale.model.bitlinear import Head, bit_linears, shared_input
 from bitscale.model.collectives import shard_of
 from bitscale.model.layers import MLP, Attention, Ranks, Rotary
@@ -40,12 +40,39 @@ class Block(nn.Module):
         self.mlp = MLP(m, quant, ranks.tp)
 
     def forward(
-        self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor, mask_B1SS: Tensor | None
+        self,
+        x_BSD: Tensor,
+        cos_SE: Tensor,
+        sin_SE: Tensor,
+        mask_B1SS: Tensor | None,
+        *,
+        recomputes: bool = False,
     ) -> Tensor:
+        """`recomputes`: selective activation checkpointing."""
         h = shared_input(x_BSD, self.attn_norm, *self.attn.readers())
-        x_BSD = x_BSD + self.attn(h, cos_SE, sin_SE, mask_B1SS)
+        x_BSD = x_BSD + self.attn(h, cos_SE, sin_SE, mask_B1SS, recomputes=recomputes)
         h = shared_input(x_BSD, self.mlp_norm, *self.mlp.readers())
-        return x_BSD + cast(Tensor, self.mlp(h))
+        return x_BSD + cast(Tensor, self.mlp(h, recomputes=recomputes))
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x_BSD: Tensor,
+    cos_SE: Tensor,
+    sin_SE: Tensor,
+    mask_B1SS: Tensor | None,
+    checkpointing: Checkpointing,
+) -> Tensor:
+    """One block after the other. λ and prepared weights are those of the step, so a forward pass
+    that is computed twice gives the same bits."""
+    for block in blocks:
+        if checkpointing == "full":
+            recomputed = checkpoint(block, x_BSD, cos_SE, sin_SE, mask_B1SS, use_reentrant=False)
+            x_BSD = cast(Tensor, recomputed)
+        else:
+            selective = checkpointing == "selective"
+            x_BSD = block(x_BSD, cos_SE, sin_SE, mask_B1SS, recomputes=selective)
+    return x_BSD
 
 
 class Decoder(nn.Module):
@@ -57,7 +84,7 @@ class Decoder(nn.Module):
         quant: QuantConfig,
         *,
         seed: int = 0,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: Checkpointing = "none",
         ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
@@ -106,14 +133,8 @@ class Decoder(nn.Module):
         x_BSD = self.embed(input_ids_BS)
         cos_SE, sin_SE = self.rotary(input_ids_BS.shape[1], input_ids_BS.device)
         mask_B1SS = None if document_ids_BS is None else same_document_mask(document_ids_BS)
-        for layer in self.layers:
-            if self.activation_checkpointing and self.training:
-                x_BSD = cast(
-                    Tensor,
-                    checkpoint(layer, x_BSD, cos_SE, sin_SE, mask_B1SS, use_reentrant=False),
-                )
-            else:
-                x_BSD = layer(x_BSD, cos_SE, sin_SE, mask_B1SS)
+        checkpointing = self.activation_checkpointing if self.training else "none"
+        x_BSD = run_blocks(self.layers, x_BSD, cos_SE, sin_SE, mask_B1SS, checkpointing)
         return cast(Tensor, self.head(self.norm(x_BSD))).float()
 
 

@@ -5,11 +5,13 @@ F feed-forward width.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bitscale.config import ModelConfig, QuantConfig, RopeScaling, has_bias
 from bitscale.mesh import Mesh
@@ -18,6 +20,19 @@ from bitscale.model.collectives import ONE_RANK, TensorGroup
 from bitscale.model.norms import RMSNorm, make_sub_norm
 from bitscale.model.parallel import ColumnBitLinear, RowBitLinear
 from bitscale.quant.reference import Quant
+
+
+def between_products(
+    function: Callable[..., Tensor], *args: Tensor | None, recomputes: bool
+) -> Tensor:
+    """function(*args); with `recomputes` only the arguments are kept for the backward pass.
+
+    The function ends in a matrix product, which is not computed again: recomputation stops with
+    the last tensor that is needed, and that is the product's input.
+    """
+    if not recomputes:
+        return function(*args)
+    return cast(Tensor, checkpoint(function, *args, use_reentrant=False))
 
 
 class Rotary(nn.Module):
@@ -124,19 +139,42 @@ class Attention(nn.Module):
         return self.q, self.k, self.v
 
     def forward(
-        self, x: Tensor | QuantizedInput, cos_SE: Tensor, sin_SE: Tensor, mask_B1SS: Tensor | None
+        self,
+        x: Tensor | QuantizedInput,
+        cos_SE: Tensor,
+        sin_SE: Tensor,
+        mask_B1SS: Tensor | None,
+        *,
+        recomputes: bool = False,
     ) -> Tensor:
         """`x` [B, S, D], as `shared_input` gives it to `readers()`; sequence parallelism has
-        [S, B, D] throughout."""
+        [S, B, D] throughout. `recomputes`: what lies between the products, in the backward pass."""
+        return between_products(
+            self._attend,
+            *(layer(x) for layer in self.readers()),
+            cos_SE,
+            sin_SE,
+            mask_B1SS,
+            recomputes=recomputes,
+        )
 
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos_SE: Tensor,
+        sin_SE: Tensor,
+        mask_B1SS: Tensor | None,
+    ) -> Tensor:
         def split(y: Tensor, heads: int) -> Tensor:
             """[B, S, heads, E]"""
             y = y.view(*y.shape[:-1], heads, self.head_width)
             return y.transpose(0, 1) if self.sequence_first else y
 
-        q_BSHE = split(self.q(x), self.num_heads)
-        k_BSKE = split(self.k(x), self.num_kv_heads)
-        v_BSKE = split(self.v(x), self.num_kv_heads)
+        q_BSHE = split(q, self.num_heads)
+        k_BSKE = split(k, self.num_kv_heads)
+        v_BSKE = split(v, self.num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHE, k_BSKE = self.q_norm(q_BSHE), self.k_norm(k_BSKE)
         q_BHSE = rotate(q_BSHE.transpose(1, 2), cos_SE, sin_SE)
@@ -171,13 +209,18 @@ class MLP(nn.Module):
         """The layers that read the block's normed input."""
         return (self.up,) if self.gate is None else (self.gate, self.up)
 
-    def forward(self, x: Tensor | QuantizedInput) -> Tensor:
-        """`x` [B, S, D], as `shared_input` gives it to `readers()`."""
+    def forward(self, x: Tensor | QuantizedInput, *, recomputes: bool = False) -> Tensor:
+        """`x` [B, S, D], as `shared_input` gives it to `readers()`; `recomputes` as for
+        `Attention`."""
         up_BSF = self.up(x)
-        if self.gate is None:
+        gate_BSF = None if self.gate is None else self.gate(x)
+        return between_products(self._narrow, up_BSF, gate_BSF, recomputes=recomputes)
+
+    def _narrow(self, up_BSF: Tensor, gate_BSF: Tensor | None) -> Tensor:
+        if gate_BSF is None:
             h_BSF = F.relu(up_BSF).square()
         elif self.kind == "swiglu":
-            h_BSF = F.silu(self.gate(x)) * up_BSF
+            h_BSF = F.silu(gate_BSF) * up_BSF
         else:
-            h_BSF = F.relu(self.gate(x)).square() * up_BSF
+            h_BSF = F.relu(gate_BSF).square() * up_BSF
         return cast(Tensor, self.down(shared_input(h_BSF, self.sub_norm, self.down)))

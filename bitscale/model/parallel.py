@@ -37,8 +37,8 @@ from bitscale.model.collectives import (
     sum_and_split_sequence,
     sum_over_group,
 )
-from bitscale.quant.kernels.linear import keep_for_grads, kept_grads, ternary_linear
-from bitscale.quant.kernels.table import GradientBits, Kernels
+from bitscale.quant.kernels.linear import keep_for_grads, ternary_linear
+from bitscale.quant.kernels.table import Kernels
 from bitscale.quant.reference import (
     MAX_EXACT_INPUTS,
     Int8Rows,
@@ -208,15 +208,20 @@ class RowParallel(ShardedLinear):
         num_inputs = self.weight.shape[1] * self.tp.size
         if num_inputs > MAX_EXACT_INPUTS:
             raise ValueError(f"{num_inputs} inputs exceed {MAX_EXACT_INPUTS}; split the matrix")
-        y_TF = _RowTernaryLinear.apply(  # type: ignore[no-untyped-call]
+        assert given.rows is not None and self.kernels is not None
+        codes = self._codes_now()
+        carrier_TF = keep_for_grads(
             given.x_TD,
             self.weight,
-            *cast(Int8Rows, given.rows),
-            *self._codes_now(),
+            None,
+            given.rows,
+            codes,
             self.kernels,
             self.spec.gradient_bits,
             self._main_grad(),
-            self.tp,
+        )
+        y_TF = _RowProduct.apply(  # type: ignore[no-untyped-call]
+            carrier_TF, *given.rows, *codes, self.kernels, self.tp
         )
         return cast(Tensor, y_TF)
 
@@ -337,26 +342,20 @@ class _GatherRows(torch.autograd.Function):
         return reduce_scatter(grads[0], ctx.group), None, None, None
 
 
-class _RowTernaryLinear(torch.autograd.Function):
+class _RowProduct(torch.autograd.Function):
     """(Σ over ranks of Σ int8 · code) · r · s: integers travel, and are dequantized once."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        x_TD: Tensor,
-        w_FD: Tensor,
+        carrier_TF: Tensor,
         x_codes_TD: Tensor,
         x_scale_T1: Tensor,
         w_codes_FD: Tensor,
         w_scale: Tensor,
         kernels: Kernels,
-        bits: GradientBits,
-        main_grad_FD: Tensor | None,
         tp: TensorGroup,
     ) -> Tensor:
-        keep_for_grads(
-            ctx, x_codes_TD, x_scale_T1, w_codes_FD, w_scale, w_FD, kernels, bits, main_grad_FD
-        )
         ctx.tp = tp
         rows = Int8Rows(x_codes_TD, torch.ones_like(x_scale_T1))
         weight = Ternary(w_codes_FD, torch.ones_like(w_scale))
@@ -368,9 +367,9 @@ class _RowTernaryLinear(torch.autograd.Function):
             x_scale_T1 = x_scale_T1[first : first + sums_TF.shape[0]]
         else:
             sums_TF = all_reduce(sums_TF, tp.group)
-        return (sums_TF * x_scale_T1 * w_scale).to(x_TD.dtype)
+        return (sums_TF * x_scale_T1 * w_scale).to(carrier_TF.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_TF = all_gather(grads[0], ctx.tp.group) if ctx.tp.sequence_parallel else grads[0]
-        return (*kept_grads(ctx, grad_TF), *[None] * 8)
+        return (grad_TF, *[None] * 6)

@@ -1,19 +1,20 @@
 """The decoder in pipeline stages: a stage is a run of its blocks, with the decoder's own names.
 
-The first stage has the embedding as well, the last one the final norm and the head. Parameters are
+The first stage has the embedding as well, the last one the final norm and the head. A rank holds
+one stage (1F1B), or the i-th from the front and the i-th from the back (DualPipeV). Parameters are
 called what `Decoder` calls them and start from the same numbers, so checkpoints, optimizer and
 telemetry need not know about stages.
 
 Shapes: B batch, S sequence, D model width, V vocabulary.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import cast
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from bitscale.config import Config
+from bitscale.config import Config, num_pipeline_stages
 from bitscale.mesh import Mesh
 from bitscale.model.bitlinear import Head
 from bitscale.model.cost import blocks_per_stage
@@ -22,6 +23,7 @@ from bitscale.model.decoder import (
     Decoder,
     draw_weights,
     next_token_loss,
+    run_blocks,
     same_document_mask,
     whole_shape,
 )
@@ -31,19 +33,21 @@ from bitscale.model.vocabulary import VocabParallelEmbedding
 
 
 class DecoderStage(nn.Module):
-    """Stage `index` of `num_stages`: token ids or hidden states in, hidden states or logits out."""
+    """The stages `indices` of `num_stages`, in phases, of which each has token ids or hidden states
+    in, hidden states or logits out."""
 
     def __init__(
-        self, cfg: Config, index: int, num_stages: int, *, ranks: Ranks | None = None
+        self, cfg: Config, indices: tuple[int, ...], num_stages: int, *, ranks: Ranks | None = None
     ) -> None:
         super().__init__()
         m, quant, ranks = cfg.model, cfg.quant, ranks or Ranks()
         assert m.vocab_size is not None, "the vocabulary size is resolved before the model is built"
         self.tp = ranks.tp
         self.activation_checkpointing = cfg.train.activation_checkpointing
-        self.is_first, self.is_last = index == 0, index == num_stages - 1
+        self.is_first, self.is_last = 0 in indices, num_stages - 1 in indices
         counts = blocks_per_stage(m, cfg.data.seq_len, num_stages)
-        first = sum(counts[:index])
+        # Of each phase, the numbers of its blocks in the whole decoder.
+        self.blocks = [range(sum(counts[:i]), sum(counts[: i + 1])) for i in indices]
         self._is_tied = m.tie_embeddings
         ties = self.is_last and m.tie_embeddings
         self.embed = (
@@ -55,7 +59,7 @@ class DecoderStage(nn.Module):
         )
         self.rotary = Rotary(m.d_model // m.num_heads, m.rope_theta, m.rope_scaling)
         self.layers = nn.ModuleDict(
-            {str(i): Block(m, quant, ranks) for i in range(first, first + counts[index])}
+            {str(i): Block(m, quant, ranks) for i in itertools.chain(*self.blocks)}
         )
         self.norm = make_norm(m, self.tp) if self.is_last else None
         self.head = (
@@ -91,7 +95,9 @@ class DecoderStage(nn.Module):
             return None
         return cast(nn.Parameter, self.embed.weight) if self._is_tied else None
 
-    def forward(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, inputs: Tensor | tuple[Tensor, Tensor], phase: int = 0
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """What DeepSpeed hands from stage to stage: ids int64 [B, S] or hidden states [B, S, D],
         with document ids int64 [B, S] beside them if attention stays within documents.
 
@@ -99,20 +105,16 @@ class DecoderStage(nn.Module):
         logits (of this rank's part of the vocabulary) from the last stage.
         """
         x, document_ids_BS = inputs if isinstance(inputs, tuple) else (inputs, None)
-        if self.is_first:
+        if self.is_first and phase == 0:
             assert self.embed is not None
             x = self.embed(x)
         seq_len = x.shape[0] * self.tp.size if self.tp.sequence_parallel else x.shape[1]
         cos_SE, sin_SE = self.rotary(seq_len, x.device)
         mask_B1SS = None if document_ids_BS is None else same_document_mask(document_ids_BS)
-        for layer in self.layers.values():
-            if self.activation_checkpointing and self.training:
-                x = cast(
-                    Tensor, checkpoint(layer, x, cos_SE, sin_SE, mask_B1SS, use_reentrant=False)
-                )
-            else:
-                x = layer(x, cos_SE, sin_SE, mask_B1SS)
-        if self.head is not None and self.norm is not None:
+        checkpointing = self.activation_checkpointing if self.training else "none"
+        blocks = [self.layers[str(i)] for i in self.blocks[phase]]
+        x = run_blocks(blocks, x, cos_SE, sin_SE, mask_B1SS, checkpointing)
+        if self.head is not None and self.norm is not None and phase == len(self.blocks) - 1:
             return cast(Tensor, self.head(self.norm(x))).float()
         return x if document_ids_BS is None else (x, document_ids_BS)
 
@@ -126,7 +128,9 @@ def make_model(cfg: Config, mesh: Mesh) -> Decoder | DecoderStage:
     """What this rank holds of the model of `cfg`."""
     ranks = ranks_of(mesh, sequence_parallel=cfg.parallel.sequence_parallel)
     if mesh.pp_size > 1:
-        return DecoderStage(cfg, mesh.pp_rank, mesh.pp_size, ranks=ranks)
+        num_stages = num_pipeline_stages(cfg)
+        indices = (mesh.pp_rank, num_stages - 1 - mesh.pp_rank)[: num_stages // mesh.pp_size]
+        return DecoderStage(cfg, indices, num_stages, ranks=ranks)
     return Decoder(
         cfg.model,
         cfg.quant,

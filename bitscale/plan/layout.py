@@ -93,6 +93,7 @@ class Layout:
             self.tp,
             self.cfg.parallel.sequence_parallel,
             self.cfg.data.reset_attention,
+            self.cfg.train.activation_checkpointing,
         )
 
     def parameters(self, stage: Stage) -> cost.Parameters:
@@ -132,6 +133,11 @@ def make_layout(cfg: Config, cluster: Cluster) -> Layout:
         raise ConfigError(
             "model.vocab_size is null, which takes it from the corpus's tokenizer, and a plan "
             "reads no corpus; add model.vocab_size=N"
+        )
+    if cfg.parallel.pipeline_schedule != "1f1b":
+        raise ConfigError(
+            f"parallel.pipeline_schedule={cfg.parallel.pipeline_schedule!r} is not reckoned with; "
+            "plan with 1f1b, which holds as many parameters and idles longer"
         )
     check_world_size(cfg, cluster.world_size)
     spec = quant_spec(cfg.quant)

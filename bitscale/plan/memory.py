@@ -36,14 +36,16 @@ class Memory:
     activations: dict[str, float]  # by kind, at the start of a backward pass
     logits: float  # log-softmax and the gradients of the loss, at the same moment
     block: float  # of one block of one micro-batch: what it saves, and gradients within it
-    checkpointed: bool  # such a block is then recomputed beside the layers' inputs
+    layers: float  # of `activations`: what the blocks keep
+    recomputed: float  # of one block: what it computes again, and gradients within it
     passing_gradients: float  # of `parts`: those that exist only from backward pass to update
+    block_gradients: float  # of those: of the block whose backward pass is the last
     other_passes: float  # of `activations`: of micro-batches whose backward pass is yet to come
     reduction_copy: float  # of the gradients, after the backward pass
 
     @property
     def moments(self) -> dict[str, float]:
-        """Bytes when a backward pass begins, in its recomputed blocks, at its end, and when
+        """Bytes when a backward pass begins, in its recomputed blocks, in its last block, and when
         gradients are reduced. Between the first and the third, gradients take the place of
         activations block by block: one of the two ends is the higher."""
         always = sum(self.parts.values()) - self.passing_gradients
@@ -51,13 +53,13 @@ class Memory:
             "start of the backward pass": always + sum(self.activations.values()) + self.logits,
             "end of the backward pass": always
             + self.passing_gradients
+            - self.block_gradients
             + self.other_passes
             + self.block,
             "reduction of the gradients": always + self.passing_gradients + self.reduction_copy,
         }
-        if self.checkpointed:
-            inputs = self.activations.get("layer inputs", 0.0)
-            moments["recomputation of a block"] = always + inputs + self.block
+        if self.recomputed:
+            moments["recomputation of a block"] = always + self.layers + self.recomputed
         return moments
 
     @property
@@ -103,17 +105,21 @@ def memory(layout: Layout, stage: Stage, phase: Phase) -> Memory:
             + cost.loss_workspace_bytes(cfg.model, layout.tp)
         )
     activations = _activations(layout, stage, phase)
-    block = layout.micro_batch_tokens * (
-        sum(cost.block_saved_bytes(cfg.model, at).values())
-        + cost.block_workspace_bytes(cfg.model, at)
-    )
+    saved = sum(cost.block_saved_bytes(cfg.model, at).values())
+    again = cost.recomputed_bytes(cfg.model, at)
+    workspace = layout.micro_batch_tokens * cost.block_workspace_bytes(cfg.model, at)
+    if phase == "ternary" and layout.way == "kernels" and cfg.quant.kernel == "reference":
+        tokens = layout.micro_batch_tokens
+        workspace += cost.reference_workspace_bytes(cfg.model, at, tokens)
     return Memory(
         parts=parts,
         activations=activations,
         logits=logits,
-        block=block,
-        checkpointed=cfg.train.activation_checkpointing,
+        block=layout.micro_batch_tokens * (saved + again) + workspace,
+        layers=stage.num_layers * stage.in_flight * layout.micro_batch_tokens * saved,
+        recomputed=layout.micro_batch_tokens * again + workspace if again else 0.0,
         passing_gradients=parts["gradients"] if b == 2 else 0.0,
+        block_gradients=float(b * sum(matrices)) if b == 2 and zero < 2 else 0.0,
         other_passes=sum(activations.values()) * (stage.in_flight - 1) / stage.in_flight,
         # More than so many elements in one tensor are reduced in place.
         reduction_copy=4.0 * num_elements
@@ -155,7 +161,7 @@ def gathered_weights(layout: Layout, stage: Stage) -> Gathered:
     uses = [VISIT, *first, VISIT, *(use for block in blocks for use in block)]
     uses += [VISIT, *last, *last, VISIT]
     for block in reversed(blocks):
-        if cfg.train.activation_checkpointing:
+        if cfg.train.activation_checkpointing == "full":
             # Recomputation ends inside the last layer, which so keeps its weight.
             uses += block[:-1]
         uses += block[::-1]
@@ -183,10 +189,10 @@ def _copies(layout: Layout, stage: Stage, phase: Phase) -> float:
     a_step, a_pass, unprepared = cost.weight_copies(phase, layout.way, b)
     if cfg.engine.zero_stage == 3 or layout.spec.weight.rounding == "stochastic":
         a_step, a_pass = 0, unprepared
-    num_kept = stage.in_flight * stage.num_layers  # blocks
-    if cfg.train.activation_checkpointing:
-        num_kept = 1
-    bytes_ = a_step * matrices + a_pass * num_kept * matrices / max(stage.num_layers, 1)
+    again = cost.recomputed_matrices(cfg.model, cfg.train.activation_checkpointing, layout.tp)
+    num_blocks = stage.in_flight * stage.num_layers
+    kept = matrices * stage.in_flight - again * (num_blocks - (num_blocks > 0))
+    bytes_ = a_step * matrices + a_pass * kept
     if stage.has_head and cfg.model.head_bits == 8:
         shard = cost.shard(cfg.model, layout.tp)
         bytes_ += b * shard.vocab * shard.d
@@ -221,10 +227,7 @@ def _activations(layout: Layout, stage: Stage, phase: Phase) -> dict[str, float]
     cfg, at = layout.cfg, layout.setting(phase)
     m, tokens = cfg.model, layout.micro_batch_tokens
     kept = stage.num_layers * stage.in_flight * tokens
-    if cfg.train.activation_checkpointing:
-        kinds = {"layer inputs": kept * cost.checkpoint_bytes(m, at)}
-    else:
-        kinds = {kind: kept * size for kind, size in cost.block_saved_bytes(m, at).items()}
+    kinds = {kind: kept * size for kind, size in cost.block_saved_bytes(m, at).items()}
     others = {
         # cos and sin of the rotary embedding, fp32.
         "attention": 2.0 * cost.FLOAT_BYTES * cfg.data.seq_len * (m.d_model // m.num_heads)

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
-from bitscale.config import Config
+from bitscale.config import Checkpointing, Config
 from bitscale.config.checks import check
 from bitscale.errors import ConfigError
 from bitscale.plan.layout import GIB, Cluster
@@ -66,7 +67,7 @@ def candidates(cfg: Config, cluster: Cluster) -> Iterator[Config]:
             for size in (s for s in sizes if s <= MAX_MICRO_BATCH_SIZE):
                 for sequence_parallel in (False, True)[: 1 + (tp > 1)]:
                     for zero_stage in (1,) if pp > 1 else (0, 1, 2, 3):
-                        for checkpointing in (False, True):
+                        for checkpointing in get_args(Checkpointing):
                             yield with_layout(
                                 cfg, tp, pp, size, sequence_parallel, zero_stage, checkpointing
                             )
@@ -79,7 +80,7 @@ def with_layout(
     micro_batch_size: int,
     sequence_parallel: bool,
     zero_stage: int,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
 ) -> Config:
     """Not checked: the caller does."""
     parallel = {"tp": tp, "pp": pp, "sequence_parallel": sequence_parallel}

@@ -55,7 +55,7 @@ def show_ranking(found: Found, limit: int) -> str:
             "yes" if plan.layout.cfg.parallel.sequence_parallel else "no",
             plan.layout.cfg.engine.zero_stage,
             plan.layout.cfg.train.micro_batch_size,
-            "yes" if plan.layout.cfg.train.activation_checkpointing else "no",
+            plan.layout.cfg.train.activation_checkpointing,
             f"{plan.peak_bytes / GIB:.1f}",
             f"{plan.layout.bubble:.1%}",
             _main_phase(plan).bound.limit,
@@ -85,7 +85,7 @@ def _header(plan: Plan) -> list[str]:
         f"ZeRO {cfg.engine.zero_stage}  {cfg.train.dtype}",
         f"micro-batch {cfg.train.micro_batch_size} x {cfg.data.seq_len:,} tokens, "
         f"{layout.num_micro_batches} a step; activation checkpointing "
-        f"{'yes' if cfg.train.activation_checkpointing else 'no'}; pipeline bubble "
+        f"{cfg.train.activation_checkpointing}; pipeline bubble "
         f"{layout.bubble:.1%}",
     ]
 

@@ -6,7 +6,7 @@ bytes sent. None of them overlaps with itself and all overlap with one another, 
 bounds the step; a pipeline's bubble lengthens what happens in passes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from bitscale.config import num_steps, tokens_per_step, transition_step
@@ -54,9 +54,14 @@ class Bound:
 def step_flops(layout: Layout, phase: Phase) -> StepFlops:
     m, seq_len = layout.cfg.model, layout.cfg.data.seq_len
     forward = cost.forward_flops(m, seq_len)
-    recomputed = Flops(0.0, 0.0, 0.0)
-    if layout.cfg.train.activation_checkpointing:
-        recomputed = cost.recomputed_flops(m, seq_len, phase, layout.way, num_layers=None)
+    recomputed = cost.recomputed_flops(
+        m,
+        seq_len,
+        phase,
+        layout.way,
+        layout.cfg.train.activation_checkpointing,
+        num_layers=None,
+    )
     return StepFlops(forward, forward.times(2), recomputed)
 
 
@@ -110,11 +115,15 @@ def _compute_seconds(layout: Layout, stage: Stage, phase: Phase) -> float:
     forward = cost.forward_flops(
         m, seq_len, num_layers=stage.num_layers, tp=tp, has_head=stage.has_head
     )
-    again = Flops(0.0, 0.0, 0.0)
-    if cfg.train.activation_checkpointing:
-        again = cost.recomputed_flops(
-            m, seq_len, phase, layout.way, num_layers=stage.num_layers, tp=tp
-        )
+    again = cost.recomputed_flops(
+        m,
+        seq_len,
+        phase,
+        layout.way,
+        cfg.train.activation_checkpointing,
+        num_layers=stage.num_layers,
+        tp=tp,
+    )
     plain = 3 * (forward.attention + forward.head) + again.attention
     seconds = plain / gpu.flops_per_second(_plain(layout))
     onward, back, num_products = product_arithmetic(layout, phase)
@@ -147,9 +156,10 @@ def _plain(layout: Layout) -> Arithmetic:
 def _memory_seconds(layout: Layout, stage: Stage, phase: Phase) -> tuple[float, float]:
     """(of a micro-batch, of the update)."""
     cfg, b, held = layout.cfg, layout.bytes, layout.parameters(stage)
-    at, tokens = layout.setting(phase), layout.micro_batch_tokens
+    # What is recomputed is written and read as well.
+    at, tokens = replace(layout.setting(phase), checkpointing="none"), layout.micro_batch_tokens
     weight_bytes = 1 if phase == "ternary" and layout.way != "floating" else b
-    num_reads = 2 + cfg.train.activation_checkpointing
+    num_reads = 2 + (cfg.train.activation_checkpointing == "full")
     tables = held.embedding + held.head
     weights = num_reads * weight_bytes * held.matrices + 2 * b * tables
     gradients = (b + 4 + 4) * held.total  # written, and added to an fp32 sum

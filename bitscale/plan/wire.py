@@ -77,10 +77,11 @@ def _tensor_parallel(layout: Layout, stage: Stage, phase: Phase) -> Iterator[Tra
     tokens = layout.micro_batch_tokens * passes
     wide = float(b * tokens * m.d_model)  # bytes of one residual
     ternary = phase == "ternary" and layout.way == "kernels"
-    # Integer sums of o and down travel in fp32; once more when recomputed, but for an unneeded
-    # last one.
-    again = cfg.train.activation_checkpointing
-    num_sums = layers * (2 + (2 if ternary else 1) * again)
+    # Integer sums of o and down travel in fp32; o's once more when a block is recomputed.
+    again = cfg.train.activation_checkpointing == "full"
+    num_sums = layers * (2 + again)
+    # Statistics of their inputs are taken again wherever these are.
+    num_inputs = 2 * layers * (1 + (cfg.train.activation_checkpointing != "none"))
     sums = num_sums * wide * (FLOAT_BYTES / b if ternary else 1)
     at_ends = wide * (stage.has_embedding + stage.has_head)
 
@@ -106,12 +107,12 @@ def _tensor_parallel(layout: Layout, stage: Stage, phase: Phase) -> Iterator[Tra
         yield over("loss", "all-reduce", 3.0 * FLOAT_BYTES * tokens)
     if ternary:
         # Maxima over the rows of o's and down's inputs.
-        yield over("token scales", "all-reduce", float(FLOAT_BYTES * num_sums * tokens))
+        yield over("token scales", "all-reduce", float(FLOAT_BYTES * num_inputs * tokens))
         yield over("weight scales", "all-reduce", _scale_statistics(layout, stage), False)
     if m.sub_norm:
         # Sums of squares forward, in fp64, and of products backward.
-        numbers = 8 * (1 + again) + FLOAT_BYTES
-        yield over("sub-norms", "all-reduce", 2.0 * layers * numbers * tokens)
+        numbers = 8.0 * num_inputs + FLOAT_BYTES * 2 * layers
+        yield over("sub-norms", "all-reduce", numbers * tokens)
     replicas = layout.tp // (m.num_kv_heads or m.num_heads)
     if replicas > 1:
         shard = cost.shard(m, layout.tp)

@@ -3,6 +3,7 @@ weights (telemetry), and what an engine refuses."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tiny_runs import (
 )
 from world import World
 
-from bitscale.config import Config
+from bitscale.config import Checkpointing, Config
 from bitscale.errors import ConfigError, KernelUnavailable
 from bitscale.mesh import Mesh
 from bitscale.quant.reference import ternarize
@@ -30,12 +31,13 @@ from bitscale.train import train as train_command
 pytestmark = pytest.mark.dist
 
 
-def train_twice(mesh: Mesh, cfg: Config, corpus: Path) -> tuple[Curve, Curve]:
-    """Without and with activation checkpointing."""
-    recomputing = cfg.train.model_copy(update={"activation_checkpointing": True})
-    return train(mesh, cfg, corpus), train(
-        mesh, cfg.model_copy(update={"train": recomputing}), corpus
-    )
+def train_with_each(mesh: Mesh, cfg: Config, corpus: Path) -> list[Curve]:
+    """Without activation checkpointing, and with both kinds."""
+    curves = []
+    for kind in get_args(Checkpointing):
+        changed = cfg.train.model_copy(update={"activation_checkpointing": kind})
+        curves.append(train(mesh, cfg.model_copy(update={"train": changed}), corpus))
+    return curves
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
@@ -45,14 +47,15 @@ def test_activation_checkpointing_changes_nothing(
     """Bitwise, through the transition: λ is not advanced by the second forward pass."""
     deepspeed = NO_PERSISTENCE if stage == 3 else {}
     cfg = tiny_config(stage, dtype, engine={"deepspeed": deepspeed}, train={"micro_batch_size": 2})
-    for kept, recomputed in world_of(2).run(train_twice, cfg, corpus_prefix):
-        assert recomputed.losses == kept.losses
-        assert recomputed.grad_norms == kept.grad_norms
-        for step, state in kept.states.items():
-            for name, whole in state.items():
-                ours = recomputed.states[step][name]
-                assert torch.equal(ours.master, whole.master), (step, name)
-                assert torch.equal(ours.exp_avg_sq, whole.exp_avg_sq), (step, name)
+    for kept, *others in world_of(2).run(train_with_each, cfg, corpus_prefix):
+        for recomputed in others:
+            assert recomputed.losses == kept.losses
+            assert recomputed.grad_norms == kept.grad_norms
+            for step, state in kept.states.items():
+                for name, whole in state.items():
+                    ours = recomputed.states[step][name]
+                    assert torch.equal(ours.master, whole.master), (step, name)
+                    assert torch.equal(ours.exp_avg_sq, whole.exp_avg_sq), (step, name)
 
 
 def train_on_kernels(mesh: Mesh, cfg: Config, corpus: Path) -> list[Curve] | str:

@@ -1,7 +1,7 @@
 """bitscale's decoder shared by 2 and 4 tensor-parallel ranks, against the decoder on one."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from world import World
 
-from bitscale.config import ModelConfig, QuantConfig
+from bitscale.config import Checkpointing, ModelConfig, QuantConfig
 from bitscale.errors import ConfigError
 from bitscale.mesh import Mesh, share_model
 from bitscale.model.bitlinear import prepare_weights, set_strength
@@ -68,7 +68,7 @@ def shared(mesh: Mesh, variant: str, sequence_parallel: bool) -> dict[str, Any]:
     ranks = ranks_of(mesh, sequence_parallel=sequence_parallel)
     found: dict[str, Any] = {}
     for name in STRENGTHS:
-        for checkpointing in (False, True):
+        for checkpointing in get_args(Checkpointing):
             model = Decoder(
                 m, QuantConfig(), seed=1, activation_checkpointing=checkpointing, ranks=ranks
             )
@@ -78,8 +78,10 @@ def shared(mesh: Mesh, variant: str, sequence_parallel: bool) -> dict[str, Any]:
             everyone: list[Any] = [None] * mesh.world_size
             dist.all_gather_object(everyone, (parts, shards))
             got["gradients"] = put_together(everyone)
-            if checkpointing:  # changes nothing
+            if checkpointing != "none":  # changes nothing
                 assert torch.equal(found[name]["loss"], got["loss"])
+                for key, grad in found[name]["gradients"].items():
+                    assert torch.equal(grad, got["gradients"][key]), (checkpointing, key)
             found[name] = got
     initial = {key: p.detach() for key, p in model.named_parameters()}
     dist.all_gather_object(everyone, (initial, shards))

@@ -45,6 +45,7 @@ from bitscale.transition import begin_transition
 pytestmark = pytest.mark.dist
 
 World_of = Callable[[int], World]
+V = "dualpipev"
 SECONDS = 300.0  # for one world; a busy machine needs many times what an idle one does
 
 
@@ -54,6 +55,7 @@ class Layout(NamedTuple):
     tp: int = 1
     sequence_parallel: bool = False
     stage: int = 1
+    schedule: str = "1f1b"
 
     @property
     def folder(self) -> str:
@@ -63,9 +65,9 @@ class Layout(NamedTuple):
 # What else may go wrong in a pipeline; each is a change of tiny_config's sections.
 TIED: dict[str, dict[str, Any]] = {}
 UNTIED = {"model": {"tie_embeddings": False, "bias": True, "qk_norm": True}}
-DOCUMENTS = {"data": {"reset_attention": True}, "train": {"activation_checkpointing": True}}
+DOCUMENTS = {"data": {"reset_attention": True}, "train": {"activation_checkpointing": "full"}}
 FEW_DOCUMENTS = DOCUMENTS | {
-    "train": {"activation_checkpointing": True, "micro_batch_size": 2},
+    "train": {"activation_checkpointing": "selective", "micro_batch_size": 2},
 }
 LEARNED = {"quant": {"preset": "paretoq"}}
 RESIDUAL = {"transition": {"residual": {"peak": 0.2, "over": {"steps": 6}}}}
@@ -83,6 +85,9 @@ RUNS = {
     "pp2-dp2-bf16": (Layout(4, 2), "bf16", TIED),
     "pp2-tp2-bf16": (Layout(4, 2, 2), "bf16", WIDE | UNTIED),
     "pp2-tp2-sp": (Layout(4, 2, 2, True), "fp32", FEW_DOCUMENTS),
+    "v2-bf16-untied-documents": (Layout(2, 2, schedule=V), "bf16", UNTIED | DOCUMENTS),
+    "v2-dp2-bf16": (Layout(4, 2, schedule=V), "bf16", TIED),
+    "v2-tp2-sp": (Layout(4, 2, 2, True, schedule=V), "fp32", TIED),
 }
 
 
@@ -92,6 +97,7 @@ def layout_config(layout: Layout, dtype: str = "fp32", **changes: Any) -> Config
         "pp": layout.pp,
         "tp": layout.tp,
         "sequence_parallel": layout.sequence_parallel,
+        "pipeline_schedule": layout.schedule,
     }
     engine = {"deepspeed": NO_PERSISTENCE} if layout.stage == 3 else {}
     return tiny_config(
@@ -116,6 +122,8 @@ def build(mesh: Mesh, cfg: Config) -> tuple[TrainEngine, Mesh]:
 def run(mesh: Mesh, cfg: Config, corpus: Path) -> Seen:
     engine, mesh = build(mesh, cfg)
     assert isinstance(engine, PipelineEngine)
+    has_two = type(engine._engine).__name__ == "DualPipeVEngine"
+    assert has_two == (cfg.parallel.pipeline_schedule == V)
     calls = count_quantizations(engine)
     batches = make_batches(cfg, corpus, mesh.dp_rank, mesh.dp_size)
     curve, counts = Curve([], [], {}), []
@@ -172,7 +180,7 @@ def without_pipeline(name: str, world_of: World_of, corpus: Path) -> Curve:
     layout, dtype, changes = RUNS[name]
     if layout.tp == 1:
         return reference(layout_config(layout, dtype, **changes), corpus)
-    cfg = layout_config(layout._replace(pp=1), dtype, **changes)
+    cfg = layout_config(layout._replace(pp=1, schedule="1f1b"), dtype, **changes)
     curve: Curve = world_of(layout.tp).run(train, cfg, corpus, seconds=SECONDS)[0]
     return curve
 
@@ -260,7 +268,10 @@ def check_finished_model(ranks: list[Seen], cfg: Config, corpus: Path) -> None:
 
 SAVING = {
     "tied": (TIED, [Layout(1, 1), Layout(2, 2), Layout(4, 4), Layout(4, 2, 2, True)]),
-    "untied": (UNTIED, [Layout(1, 1), Layout(2, 2), Layout(2, 1, stage=3), Layout(4, 2)]),
+    "untied": (
+        UNTIED,
+        [Layout(1, 1), Layout(2, 2, schedule=V), Layout(2, 1, stage=3), Layout(4, 2)],
+    ),
 }
 
 

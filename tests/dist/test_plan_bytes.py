@@ -41,13 +41,14 @@ HALF_KEPT = {
     "stage3_prefetch_bucket_size": 20_000,
 }
 CASES = {
-    "stage 0, fp32": (0, "fp32", {}, False),
-    "stage 1, fp32": (1, "fp32", {}, False),
-    "stage 1, bf16": (1, "bf16", {}, False),
-    "stage 2, bf16": (2, "bf16", {}, True),
-    "stage 3, small weights kept": (3, "bf16", {}, False),
-    "stage 3, half kept": (3, "bf16", HALF_KEPT, False),
-    "stage 3, nothing kept, recomputed": (3, "bf16", FORGETFUL, True),
+    "stage 0, fp32": (0, "fp32", {}, "none"),
+    "stage 1, fp32": (1, "fp32", {}, "none"),
+    "stage 1, bf16": (1, "bf16", {}, "none"),
+    "stage 2, bf16": (2, "bf16", {}, "full"),
+    "stage 3, small weights kept": (3, "bf16", {}, "none"),
+    "stage 3, half kept": (3, "bf16", HALF_KEPT, "none"),
+    "stage 3, nothing kept, recomputed": (3, "bf16", FORGETFUL, "full"),
+    "stage 3, nothing kept, partly recomputed": (3, "bf16", FORGETFUL, "selective"),
 }
 
 # Attribute of DeepSpeed's optimizer, or where else a tensor hangs -> part of the plan.
@@ -125,7 +126,7 @@ def live_bytes(engine: TrainEngine) -> Counter[str]:
     return found
 
 
-def config(stage: int, dtype: str, zero: dict[str, int], checkpointing: bool) -> Config:
+def config(stage: int, dtype: str, zero: dict[str, int], checkpointing: str) -> Config:
     zero = {"reduce_bucket_size": BUCKET} | zero
     return tiny_config(
         stage,

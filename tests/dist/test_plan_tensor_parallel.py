@@ -2,14 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from test_plan_bytes import CountPayload
 from torch import Tensor
 
-from bitscale.config import Config, parse_config
+from bitscale.config import Checkpointing, Config, parse_config
 from bitscale.mesh import Mesh, share_model
 from bitscale.model import cost
 from bitscale.model.bitlinear import bit_linears, prepare_weights, set_strength
@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def config(tp: int, variant: str, sequence_parallel: bool, checkpointing: bool) -> Config:
+def config(tp: int, variant: str, sequence_parallel: bool, checkpointing: Checkpointing) -> Config:
     model = {
         "vocab_size": 192, "num_layers": 3, "d_model": 128, "num_heads": 8, "num_kv_heads": 4,
         "d_ff": 256,
@@ -87,11 +87,14 @@ def measure(mesh: Mesh, cfg: Config, ternary: bool) -> tuple[Counter[str], int]:
 
 
 # Biases, query and key norms are not reckoned with: their gradients are small.
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", get_args(Checkpointing))
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bytes_of_tensor_parallel_ranks(
-    variant: str, sequence_parallel: bool, checkpointing: bool, world_of: Callable[[int], World]
+    variant: str,
+    sequence_parallel: bool,
+    checkpointing: Checkpointing,
+    world_of: Callable[[int], World],
 ) -> None:
     cfg = config(2, variant, sequence_parallel, checkpointing)
     layout = make_layout(cfg, Cluster(1, 2, find_gpu("cpu")))
@@ -103,11 +106,7 @@ def test_bytes_of_tensor_parallel_ranks(
             payload[names[t.collective]] += round(t.payload)
         at, m = layout.setting(phase), cfg.model  # type: ignore[arg-type]
         per_token = cost.embedding_saved_bytes() + sum(cost.head_saved_bytes(m, at).values())
-        per_token += m.num_layers * (
-            cost.checkpoint_bytes(m, at)
-            if checkpointing
-            else sum(cost.block_saved_bytes(m, at).values())
-        )
+        per_token += m.num_layers * sum(cost.block_saved_bytes(m, at).values())
         tables = 2 * 4 * 32 * m.d_model // m.num_heads
         assert set(payload) == set(sent), phase
         for name, size in sent.items():

@@ -1,7 +1,8 @@
 """What a decoder costs, by arithmetic, against the decoder itself."""
 
+import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bitscale.config import ModelConfig, QuantConfig, quant_spec
+from bitscale.config import Checkpointing, ModelConfig, QuantConfig, quant_spec
 from bitscale.model import cost
 from bitscale.model.bitlinear import bit_linears, prepare_weights, set_strength
 from bitscale.model.cost import Phase, Setting, way_of
@@ -47,7 +48,12 @@ def model_config(**changes: Any) -> ModelConfig:
 
 
 def decoder(
-    m: ModelConfig, phase: Phase, dtype: torch.dtype, *, preset: str = "b158", ckpt: bool = False
+    m: ModelConfig,
+    phase: Phase,
+    dtype: torch.dtype,
+    *,
+    preset: str = "b158",
+    ckpt: Checkpointing = "none",
 ) -> Decoder:
     quant = QuantConfig(preset=preset)  # type: ignore[arg-type]
     model = Decoder(m, quant, activation_checkpointing=ckpt).to(dtype).train()
@@ -117,24 +123,29 @@ def saved_bytes(model: Decoder, dtype_bytes: int, reset: bool) -> int:
 
 
 def expected_saved(
-    m: ModelConfig, phase: Phase, dtype_bytes: int, preset: str, reset: bool, ckpt: bool
+    m: ModelConfig,
+    phase: Phase,
+    dtype_bytes: int,
+    preset: str,
+    reset: bool,
+    ckpt: Checkpointing,
 ) -> float:
     spec = quant_spec(QuantConfig(preset=preset))  # type: ignore[arg-type]
     at = Setting(
         phase, way_of(spec), spec.activation is not None, dtype_bytes, SEQ_LEN,
-        reset_attention=reset,
+        reset_attention=reset, checkpointing=ckpt,
     )  # fmt: skip
     per_token = cost.embedding_saved_bytes() + sum(cost.head_saved_bytes(m, at).values())
     a_step, a_pass, unprepared = cost.weight_copies(phase, at.way, dtype_bytes)
     if spec.weight.rounding == "stochastic":
         a_step, a_pass = 0, unprepared
-    if ckpt:
-        a_pass = 0
-        per_token += m.num_layers * cost.checkpoint_bytes(m, at) + (SEQ_LEN if reset else 0)
-    else:
-        per_token += m.num_layers * sum(cost.block_saved_bytes(m, at).values())
+    per_token += m.num_layers * sum(cost.block_saved_bytes(m, at).values())
+    if ckpt != "none" and reset:
+        per_token += SEQ_LEN
     tables = 2 * 4 * SEQ_LEN * m.d_model // m.num_heads
-    return BATCH * SEQ_LEN * per_token + (a_step + a_pass) * cost.parameters(m).matrices + tables
+    matrices = cost.parameters(m).matrices
+    kept = matrices - m.num_layers * cost.recomputed_matrices(m, ckpt)
+    return BATCH * SEQ_LEN * per_token + a_step * matrices + a_pass * kept + tables
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
@@ -144,10 +155,14 @@ def test_saved_bytes_are_those_of_the_decoder(
     variant: str, phase: Phase, dtype: torch.dtype
 ) -> None:
     m = model_config(**VARIANTS[variant])
-    for ckpt, reset in ((False, False), (True, False), (False, True), (True, True)):
+    sizes: dict[tuple[bool, Checkpointing], int] = {}
+    for reset, ckpt in itertools.product((False, True), get_args(Checkpointing)):
         measured = saved_bytes(decoder(m, phase, dtype, ckpt=ckpt), dtype.itemsize, reset)
         expected = expected_saved(m, phase, dtype.itemsize, "b158", reset, ckpt)
         assert expected == pytest.approx(measured, rel=1e-3), (ckpt, reset)
+        sizes[reset, ckpt] = measured
+    for reset in (False, True):
+        assert sizes[reset, "none"] > sizes[reset, "selective"] > sizes[reset, "full"]
 
 
 @pytest.mark.parametrize(
@@ -156,14 +171,16 @@ def test_saved_bytes_are_those_of_the_decoder(
 @pytest.mark.parametrize("phase", ["ramp", "ternary"])
 def test_saved_bytes_of_presets_without_kernels(preset: str, phase: Phase) -> None:
     m = model_config(d_model=128, d_ff=256)
-    measured = saved_bytes(decoder(m, phase, torch.bfloat16, preset=preset), 2, False)
-    expected = expected_saved(m, phase, 2, preset, False, False)
-    assert expected == pytest.approx(measured, rel=0.01)
+    kinds: tuple[Checkpointing, ...] = ("none", "selective")
+    for ckpt in kinds:
+        model = decoder(m, phase, torch.bfloat16, preset=preset, ckpt=ckpt)
+        expected = expected_saved(m, phase, 2, preset, False, ckpt)
+        assert expected == pytest.approx(saved_bytes(model, 2, False), rel=0.01), ckpt
 
 
 @pytest.mark.parametrize("phase", STRENGTHS)
-@pytest.mark.parametrize("ckpt", [False, True])
-def test_flops_are_those_that_pytorch_counts(phase: Phase, ckpt: bool) -> None:
+@pytest.mark.parametrize("ckpt", get_args(Checkpointing))
+def test_flops_are_those_that_pytorch_counts(phase: Phase, ckpt: Checkpointing) -> None:
     m = model_config(num_layers=3)
     model = decoder(m, phase, torch.bfloat16, ckpt=ckpt)
     ids, targets, _ = batch(SIZES["vocab_size"])
@@ -175,7 +192,7 @@ def test_flops_are_those_that_pytorch_counts(phase: Phase, ckpt: bool) -> None:
         with FlopCounterMode(display=False) as backward:
             loss.backward()
     flops = cost.forward_flops(m, SEQ_LEN)
-    again = cost.recomputed_flops(m, SEQ_LEN, phase, "kernels", num_layers=None)
+    again = cost.recomputed_flops(m, SEQ_LEN, phase, "kernels", ckpt, num_layers=None)
     assert tokens * flops.total == pytest.approx(forward.get_total_flops(), rel=1e-6)
-    expected = tokens * (2 * flops.total + again.total * ckpt)
+    expected = tokens * (2 * flops.total + again.total)
     assert expected == pytest.approx(backward.get_total_flops(), rel=1e-6)

@@ -5,14 +5,14 @@ Shapes: B batch, S sequence, D model width, F feed-forward width.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitscale.config import ModelConfig, QuantConfig, RopeScaling
+from bitscale.config import Checkpointing, ModelConfig, QuantConfig, RopeScaling
 from bitscale.model.bitlinear import (
     BitLinear,
     Head,
@@ -47,7 +47,7 @@ def shape(**changes: Any) -> ModelConfig:
     return ModelConfig(**{**small, "num_kv_heads": 2, "init_std": 0.3, **changes})
 
 
-def make_decoder(seed: int = 0, checkpointing: bool = False, **changes: Any) -> Decoder:
+def make_decoder(seed: int = 0, checkpointing: Checkpointing = "none", **changes: Any) -> Decoder:
     return Decoder(shape(**changes), QUANT, seed=seed, activation_checkpointing=checkpointing)
 
 
@@ -349,7 +349,7 @@ def test_the_seed_alone_decides_the_weights() -> None:
     first = make_decoder(seed=5)
     torch.manual_seed(2)
     torch.randn(10)
-    again = make_decoder(seed=5, checkpointing=True)
+    again = make_decoder(seed=5, checkpointing="full")
     other = make_decoder(seed=6)
     for (name, a), b, c in zip(
         first.named_parameters(), again.parameters(), other.parameters(), strict=True
@@ -434,24 +434,29 @@ def test_packed_layer_is_bitwise_the_trained_one(bias: bool) -> None:
 def test_activation_checkpointing_changes_nothing(strength: Strength, masked: bool) -> None:
     documents = (torch.arange(24) // 7).expand(2, 24) if masked else None
     results = []
-    for checkpointing in (False, True):
+    for checkpointing in get_args(Checkpointing):
         model = make_decoder(checkpointing=checkpointing)
         set_strength(model, strength)
         loss = model(tokens(), tokens(seed=1), documents)
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
-    for plain, recomputed in zip(*results, strict=True):
-        assert torch.equal(plain, recomputed)
+    for plain, *recomputed in zip(*results, strict=True):
+        assert all(torch.equal(plain, other) for other in recomputed)
 
 
-def test_activation_checkpointing_recomputes() -> None:
-    calls = []
-    model = make_decoder(checkpointing=True)
-    model.layers[0].attn.register_forward_hook(lambda *_: calls.append(1))
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_activation_checkpointing_recomputes(checkpointing: Checkpointing) -> None:
+    calls: list[torch.nn.Module] = []
+    model = make_decoder(checkpointing=checkpointing)
+    attn = model.layers[0].attn
+    for layer in (attn.q, attn.o):
+        layer.register_forward_pre_hook(lambda module, _: calls.append(module))
     model(tokens(), tokens(seed=1)).backward()
-    assert len(calls) == 2
+    # Recomputation of a block goes through both layers, that between products ends in o.
+    again = {"full": [attn.q, attn.o], "selective": [attn.o]}[checkpointing]
+    assert calls == [attn.q, attn.o, *again]
     model.eval()(tokens(), tokens(seed=1))
-    assert len(calls) == 3
+    assert calls == [attn.q, attn.o, *again, attn.q, attn.o]
 
 
 # --- Loss ---

@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bitscale.cli.main import main
-from bitscale.config import Config, check_world_size
+from bitscale.config import Checkpointing, Config, check_world_size
 from bitscale.config.checks import check
 from bitscale.errors import ConfigError
 from bitscale.model import cost
@@ -65,17 +65,18 @@ class PeakBytes(TorchDispatchMode):
         self.now -= self.live.pop(key)
 
 
-@pytest.mark.parametrize("ckpt", [False, True])
+@pytest.mark.parametrize("ckpt", get_args(Checkpointing))
 @pytest.mark.parametrize("phase", ["16 bit", "ternary"])
 def test_peak_is_that_of_a_forward_and_backward_pass(
-    phase: Phase, ckpt: bool, make_config: Callable[..., Config]
+    phase: Phase, ckpt: Checkpointing, make_config: Callable[..., Config]
 ) -> None:
     sizes = {"vocab_size": 512, "num_layers": 6, "d_model": 128, "d_ff": 384}
     cfg = make_config(
         *(f"model.{key}={value}" for key, value in sizes.items()),
         "data.seq_len=64",
         "train.micro_batch_size=8",
-        f"train.activation_checkpointing={str(ckpt).lower()}",
+        f"train.activation_checkpointing={ckpt}",
+        "quant.kernel=reference",
         "train.dtype=bf16",
     )
     layout = make_layout(cfg, Cluster(1, 1, find_gpu("cpu")))
@@ -97,63 +98,73 @@ def test_peak_is_that_of_a_forward_and_backward_pass(
 
 # --- Against published figures ---
 
+# Megatron-LM's repository, by commit: what its own documents and scripts say.
+# 84b3c3fd, README.md and images/cases_april2021.png; d98e8a64,
+# examples/academic_paper_scripts/sc21/run_table_1.sh (also arXiv:2104.04473, table 1). 2,048 tokens,
+# a vocabulary of 51,200, full recomputation. (billions of parameters, (heads, width, layers, tp, pp,
+# GPUs, batch), micro-batch, TFLOP/s of an A100 of 80 GB).
+SC21 = [
+    (1.7, (24, 2304, 24, 1, 1, 32, 512), 16, 137),
+    (3.6, (32, 3072, 30, 2, 1, 64, 512), 16, 138),
+    (7.5, (32, 4096, 36, 4, 1, 128, 512), 16, 142),
+    (18.4, (48, 6144, 40, 8, 1, 256, 1024), 8, 135),
+    (39.1, (64, 8192, 48, 8, 2, 512, 1536), 4, 138),
+    (76.1, (80, 10240, 60, 8, 4, 1024, 1792), 2, 140),
+    (145.6, (96, 12288, 80, 8, 8, 1536, 2304), 2, 148),
+    (310.1, (128, 16384, 96, 8, 16, 1920, 2160), 1, 155),
+    (529.6, (128, 20480, 105, 8, 35, 2520, 2520), 1, 163),
+    (1008.0, (160, 25600, 128, 8, 64, 3072, 3072), 1, 163),
+]
+# d98e8a64, README.md and images/model_table.png: 4,096 tokens, a vocabulary of 131,072, H100;
+# micro-batches are not published: one sequence. TFLOP/s are those of the model.
+H100 = [
+    (1.7, (16, 2048, 24, 1, 1, 48, 192), 408.8),
+    (7.1, (32, 4096, 30, 2, 1, 96, 192), 465.9),
+    (16, (48, 6144, 32, 4, 1, 192, 192), 489.1),
+    (32, (56, 7168, 48, 8, 1, 384, 192), 459.6),
+    (70, (64, 8192, 84, 8, 2, 768, 384), 419.7),
+    (119, (80, 10240, 92, 8, 4, 1536, 768), 420.5),
+    (177, (96, 12288, 96, 8, 6, 2304, 1152), 432.8),
+    (314, (128, 16384, 96, 8, 8, 3072, 1536), 474.4),
+    (462, (144, 18432, 112, 8, 16, 6144, 3072), 459.9),
+]
+
 
 def gpt(
-    heads: int, width: int, layers: int, tp: int, pp: int, gpus: int, batch_size: int,
-    make_config: Callable[..., Config], *, size: int = 1, recompute: bool = False,
-) -> Layout:  # fmt: skip
-    """Megatron-LM's GPT of 2,048 tokens on A100s, its GELU replaced by a squared ReLU."""
+    shape: tuple[int, ...], make_config: Callable[..., Config], *overrides: str, gpu: str
+) -> Layout:
+    """Megatron-LM's GPT, its GELU replaced by a squared ReLU."""
+    heads, width, layers, tp, pp, gpus, batch_size = shape
     cfg = make_config(
         f"model={{vocab_size: 51200, num_layers: {layers}, d_model: {width}, num_heads: {heads}, "
         f"num_kv_heads: {heads}, d_ff: {4 * width}, mlp: relu2, norm: layernorm, bias: true}}",
         "data.seq_len=2048",
-        f"train={{steps: 100, global_batch_size: {batch_size}, micro_batch_size: {size}, "
-        f"dtype: bf16, activation_checkpointing: {str(recompute).lower()}}}",
-        f"parallel={{tp: {tp}, pp: {pp}, "
-        f"sequence_parallel: {str(tp > 1 and not recompute).lower()}}}",
+        f"train={{steps: 100, global_batch_size: {batch_size}, micro_batch_size: 1, dtype: bf16}}",
+        f"parallel={{tp: {tp}, pp: {pp}}}",
+        *overrides,
     )
-    return make_layout(cfg, Cluster(gpus // 8, 8, find_gpu("a100-80")))
+    return make_layout(cfg, Cluster(gpus // 8, 8, find_gpu(gpu)))
 
 
-# arXiv:2205.05198, tables 3 and 5: seconds a step without and with full recomputation, MFU.
-KORTHIKANTI = [
-    ((64, 6144, 48, 8, 1, 8, 4), 4, 1.10, 1.42, 0.415),
-    ((96, 12288, 96, 8, 8, 64, 64), 1, 13.75, 18.13, 0.514),
-    ((128, 20480, 105, 8, 35, 280, 280), 1, 37.83, 49.05, 0.560),
-    ((160, 25600, 128, 8, 64, 512, 512), 1, 71.49, 94.42, 0.563),
-]
-# arXiv:2104.04473, table 1: billions of parameters, layout, TFLOP/s a GPU with recomputation.
-NARAYANAN = [
-    (1.7, (24, 2304, 24, 1, 1, 32, 512), 137),
-    (3.6, (32, 3072, 30, 2, 1, 64, 512), 138),
-    (7.5, (32, 4096, 36, 4, 1, 128, 512), 142),
-    (18.4, (48, 6144, 40, 8, 1, 256, 1024), 135),
-    (39.1, (64, 8192, 48, 8, 2, 512, 1536), 138),
-    (76.1, (80, 10240, 60, 8, 4, 1024, 1792), 140),
-    (145.6, (96, 12288, 80, 8, 8, 1536, 2304), 148),
-    (310.1, (128, 16384, 96, 8, 16, 1920, 2160), 155),
-    (529.6, (128, 20480, 105, 8, 35, 2520, 2520), 163),
-    (1008.0, (160, 25600, 128, 8, 64, 3072, 3072), 163),
-]
+def sc21(shape: tuple[int, ...], size: int, make_config: Callable[..., Config]) -> Layout:
+    recompute = (f"train.micro_batch_size={size}", "train.activation_checkpointing=full")
+    return gpt(shape, make_config, *recompute, gpu="a100-80")
 
 
-@pytest.mark.parametrize(("shape", "size", "seconds", "_", "mfu"), KORTHIKANTI)
-def test_flops_give_the_published_mfu(
-    shape: tuple[int, ...], size: int, seconds: float, _: float, mfu: float,
-    make_config: Callable[..., Config],
-) -> None:  # fmt: skip
-    layout = gpt(*shape, make_config, size=size)
-    flops = step_flops(layout, "16 bit").model * layout.cfg.train.global_batch_size * 2048
-    assert flops / (312e12 * layout.cluster.world_size * seconds) == pytest.approx(mfu, abs=0.003)
+def h100(shape: tuple[int, ...], make_config: Callable[..., Config]) -> Layout:
+    longer = ("data.seq_len=4096", "model.vocab_size=131072", "model.tie_embeddings=false")
+    split = f"parallel.sequence_parallel={str(shape[3] > 1).lower()}"
+    return gpt(shape, make_config, *longer, split, gpu="h100")
 
 
-@pytest.mark.parametrize(("billions", "shape", "_"), NARAYANAN)
-def test_parameters_are_the_published_ones(
-    billions: float, shape: tuple[int, ...], _: int, make_config: Callable[..., Config]
-) -> None:
-    # The table rounds to 0.1; position embeddings, which rotary ones replace, are below 0.3%.
-    total = cost.parameters(gpt(*shape, make_config, recompute=True).cfg.model).total / 1e9
-    assert total == pytest.approx(billions, rel=0.003, abs=0.055)
+def test_parameters_are_the_published_ones(make_config: Callable[..., Config]) -> None:
+    for billions, shape, size, _ in SC21:
+        # The table rounds to 0.1; position embeddings, which rotary ones replace, are below 0.3%.
+        total = cost.parameters(sc21(shape, size, make_config).cfg.model).total / 1e9
+        assert total == pytest.approx(billions, rel=0.003, abs=0.055)
+    for billions, shape, _ in H100:
+        total = cost.parameters(h100(shape, make_config).cfg.model).total / 1e9
+        assert total == pytest.approx(billions, rel=0.02, abs=0.055)
 
 
 def test_published_runs_reach_the_default_share_of_the_bound(
@@ -161,16 +172,22 @@ def test_published_runs_reach_the_default_share_of_the_bound(
 ) -> None:
     """No run is faster than its bound; the default efficiency is the median of them all."""
     shares = []
-    for shape, size, fast, slow, _ in KORTHIKANTI:
-        for seconds, recompute in ((fast, False), (slow, True)):
-            layout = gpt(*shape, make_config, size=size, recompute=recompute)
-            shares.append(bound(layout, "16 bit").step_seconds / seconds)
-    for _, (heads, width, layers, tp, pp, gpus, batch_size), tflops in NARAYANAN:
-        layout = gpt(heads, width, layers, tp, pp, gpus, batch_size, make_config, recompute=True)
+    for _, shape, size, tflops in SC21:
+        layout = sc21(shape, size, make_config)
+        _, width, layers, *_, gpus, batch_size = shape
         # Their equation 3.
         terms = 1 + 2048 / (6 * width) + 51200 / (16 * layers * width)
         flops = 96 * batch_size * 2048 * layers * width**2 * terms
         shares.append(bound(layout, "16 bit").step_seconds / (flops / (gpus * tflops * 1e12)))
+    for _, shape, tflops in H100:
+        layout = h100(shape, make_config)
+        seconds = dict(bound(layout, "16 bit").seconds)
+        # Megatron-LM scatters the sums of gradients, which DeepSpeed's stage 1 sends to all.
+        reduced = sent(layout, "16 bit")["gradients"]
+        rate = 1e9 * layout.link_gb_per_second(reduced.num_ranks, reduced.stride)
+        seconds["wire"] -= reduced.sent / 2 / rate
+        flops = step_flops(layout, "16 bit").model * shape[-1] * 4096
+        shares.append(max(seconds.values()) / (flops / (shape[-2] * tflops * 1e12)))
     assert all(0.35 < share < 0.75 for share in shares), shares
     assert statistics.median(shares) == pytest.approx(DEFAULT_EFFICIENCY, abs=0.03)
 
@@ -178,7 +195,7 @@ def test_published_runs_reach_the_default_share_of_the_bound(
 def test_days_are_the_published_ones(make_config: Callable[..., Config]) -> None:
     """GPT-3 on 1,024 A100s at 140 TFLOP/s with recomputation: 34 days for 300B tokens
     (arXiv:2104.04473, section 5.1). Their 8 P T FLOPs are our 6 P T of the model and a quarter."""
-    layout = gpt(96, 12288, 96, 8, 8, 1024, 1536, make_config)
+    layout = gpt((96, 12288, 96, 8, 8, 1024, 1536), make_config, gpu="a100-80")
     cfg = layout.cfg.model_copy(
         update={"train": layout.cfg.train.model_copy(update={"steps": None, "tokens": 300 * 10**9})}
     )
@@ -192,7 +209,7 @@ def test_activation_memory_against_the_published_formula(
 ) -> None:
     """34 s b h a layer without scores (arXiv:2205.05198, table 2, at t = 1). Ours in 16 bit: 2 less
     for no dropout masks, 8 more for norms in fp32."""
-    layout = gpt(96, 12288, 96, 1, 8, 64, 64, make_config)
+    layout = gpt((96, 12288, 96, 1, 8, 64, 64), make_config, gpu="a100-80")
     for phase, expected in (("16 bit", 34 - 2 + 8), ("ternary", 35)):
         at = layout.setting(phase)  # type: ignore[arg-type]
         per_token = sum(cost.block_saved_bytes(layout.cfg.model, at).values())
@@ -303,12 +320,14 @@ def test_zero3_without_checkpointing_keeps_codes_of_every_layer(
 ) -> None:
     options = ("engine.zero_stage=3", "train.micro_batch_size=1", "model.num_layers=8")
     copies = []
-    for checkpointing in ("false", "true"):
+    for checkpointing in ("none", "selective", "full"):
         layout = planned(make_config, *options, f"train.activation_checkpointing={checkpointing}")
         held = memory(layout, layout.stages[0], "ternary")
         copies.append(held.parts["codes and copies"])
-    matrices = cost.parameters(layout.cfg.model).matrices
-    assert copies == [matrices, matrices / 8]
+    m = layout.cfg.model
+    matrices, behind = cost.parameters(m).matrices, cost.recomputed_matrices(m, "selective")
+    # Selective: those of o and down are made again.
+    assert copies == [matrices, matrices - 7 * behind, matrices / 8]
 
 
 def test_reference_kernels_multiply_in_fp32(make_config: Callable[..., Config]) -> None:
@@ -344,7 +363,8 @@ def test_search_finds_only_what_can_be_and_ranks_it(make_config: Callable[..., C
         check_world_size(plan.layout.cfg, 4)
         assert plan.peak_bytes <= 0.3 * 79.1 * GIB
     days = [plan.days for plan in found.fitting]
-    assert all(after >= 0.995 * before for before, after in itertools.pairwise(days))
+    # Three digits decide: what is within one percent is ordered by something else.
+    assert all(after >= 0.99 * before for before, after in itertools.pairwise(days))
     assert len({json.dumps(to_tree(plan)["layout"]) for plan in found.fitting}) == len(days)
     # Nothing else about the run has changed.
     first = found.fitting[0].layout.cfg

@@ -147,7 +147,7 @@ def test_strength_ignores_every_other_knob(make_config: MakeConfig) -> None:
         "transition.weight_decay=off",
         "optim.schedule=cosine",
         "train.micro_batch_size=1",
-        "train.activation_checkpointing=true",
+        "train.activation_checkpointing=full",
         "train.stop_step=50",
     )
     assert [quant_strength(s, plain) for s in range(100)] == [

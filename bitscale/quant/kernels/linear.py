@@ -50,10 +50,30 @@ def ternary_linear(
             f"{w_FD.shape[1]} inputs exceed {MAX_EXACT_INPUTS}, the most whose int8 x ternary "
             "products fp32 holds exactly; split the matrix"
         )
-    y_TF = _TernaryLinear.apply(  # type: ignore[no-untyped-call]
+    carrier_TF = keep_for_grads(x_TD, w_FD, bias_F, x, weight, kernels, bits, main_grad_FD)
+    y_TF = _Product.apply(carrier_TF, bias_F, *x, *weight, kernels)  # type: ignore[no-untyped-call]
+    return cast(Tensor, y_TF)
+
+
+def keep_for_grads(
+    x_TD: Tensor,
+    w_FD: Tensor,
+    bias_F: Tensor | None,
+    x: Int8Rows,
+    weight: Ternary,
+    kernels: Kernels,
+    bits: GradientBits,
+    main_grad_FD: Tensor | None,
+) -> Tensor:
+    """A stand-in [T, F] for the product, whose gradient becomes those of x, w and the bias.
+
+    What these need is saved here, before anything is multiplied, so that activation checkpointing,
+    which recomputes up to the last saved tensor, does not multiply (or sum over ranks) again.
+    """
+    carrier_TF = _Grads.apply(  # type: ignore[no-untyped-call]
         x_TD, w_FD, bias_F, *x, *weight, kernels, bits, main_grad_FD
     )
-    return cast(Tensor, y_TF)
+    return cast(Tensor, carrier_TF)
 
 
 def rms_norm_rows(
@@ -67,7 +87,7 @@ def rms_norm_rows(
     return NormedInput(carrier_TD, Int8Rows(codes_TD, scale_T1))
 
 
-class _TernaryLinear(torch.autograd.Function):
+class _Grads(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -82,53 +102,50 @@ class _TernaryLinear(torch.autograd.Function):
         bits: GradientBits,
         main_grad_FD: Tensor | None,
     ) -> Tensor:
-        keep_for_grads(
-            ctx, x_codes_TD, x_scale_T1, w_codes_FD, w_scale, w_FD, kernels, bits, main_grad_FD
-        )
-        x, weight = Int8Rows(x_codes_TD, x_scale_T1), Ternary(w_codes_FD, w_scale)
-        return _product(kernels, x, weight, bias_F, x_TD.dtype)
+        ctx.save_for_backward(x_codes_TD, x_scale_T1, w_codes_FD, w_scale)
+        ctx.kernels, ctx.bits, ctx.main_grad_FD = kernels, bits, main_grad_FD
+        ctx.weight_dtype = w_FD.dtype
+        ctx.weight = None if main_grad_FD is None else w_FD
+        nan = x_TD.new_full((), float("nan"))  # seen as a matrix, without memory of its own
+        return nan.expand(*x_codes_TD.shape[:-1], w_codes_FD.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_TF, grad_bias = grads[0], None
-        grad_x, grad_w = kept_grads(ctx, grad_TF)
+        grad_TF = grads[0]
+        x_codes_TD, x_scale_T1, w_codes_FD, w_scale = ctx.saved_tensors
+        grad_x = grad_w = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _input_grad(ctx.kernels, grad_TF, Ternary(w_codes_FD, w_scale), ctx.bits)
+        if ctx.needs_input_grad[1]:
+            rows = Int8Rows(x_codes_TD, x_scale_T1)
+            grad_w = ctx.kernels.weight_grad(
+                grad_TF, rows, ctx.weight_dtype, ctx.main_grad_FD, ctx.bits
+            )
+            if ctx.main_grad_FD is not None:
+                grad_w = _placeholder_grad(ctx.weight)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_TF.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.weight_dtype)
         return grad_x, grad_w, grad_bias, None, None, None, None, None, None, None
 
 
-def keep_for_grads(
-    ctx: Any,
-    x_codes_TD: Tensor,
-    x_scale_T1: Tensor,
-    w_codes_FD: Tensor,
-    w_scale: Tensor,
-    w_FD: Tensor,
-    kernels: Kernels,
-    bits: GradientBits,
-    main_grad_FD: Tensor | None,
-) -> None:
-    """What `kept_grads` needs, of an autograd function whose first inputs are x and w."""
-    ctx.save_for_backward(x_codes_TD, x_scale_T1, w_codes_FD, w_scale)
-    ctx.kernels, ctx.bits, ctx.main_grad_FD = kernels, bits, main_grad_FD
-    ctx.weight_dtype = w_FD.dtype
-    ctx.weight = None if main_grad_FD is None else w_FD
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        carrier_TF: Tensor,
+        bias_F: Tensor | None,
+        x_codes_TD: Tensor,
+        x_scale_T1: Tensor,
+        w_codes_FD: Tensor,
+        w_scale: Tensor,
+        kernels: Kernels,
+    ) -> Tensor:
+        x, weight = Int8Rows(x_codes_TD, x_scale_T1), Ternary(w_codes_FD, w_scale)
+        return _product(kernels, x, weight, bias_F, carrier_TF.dtype)
 
-
-def kept_grads(ctx: Any, grad_TF: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(∂L/∂x, ∂L/∂w), each if it is wanted."""
-    x_codes_TD, x_scale_T1, w_codes_FD, w_scale = ctx.saved_tensors
-    grad_x = grad_w = None
-    if ctx.needs_input_grad[0]:
-        grad_x = _input_grad(ctx.kernels, grad_TF, Ternary(w_codes_FD, w_scale), ctx.bits)
-    if ctx.needs_input_grad[1]:
-        rows = Int8Rows(x_codes_TD, x_scale_T1)
-        grad_w = ctx.kernels.weight_grad(
-            grad_TF, rows, ctx.weight_dtype, ctx.main_grad_FD, ctx.bits
-        )
-        if ctx.main_grad_FD is not None:
-            grad_w = _placeholder_grad(ctx.weight)
-    return grad_x, grad_w
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None, None, None, None, None, None
 
 
 def _product(
