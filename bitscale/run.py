@@ -117,8 +117,8 @@ def check_optimizer(
     Raises CheckpointError for another optimizer than the checkpoint's, naming both. At the very
     step of the transition a `reset` discards the moments anyway, and so allows it.
     """
-    if not any(meta.adam_steps.values()):
-        return []  # weights only, or nothing trained yet
+    if meta.adam_steps and not any(meta.adam_steps.values()):
+        return []  # weights only: there are no moments to leave behind
     theirs = meta.config.get("optim", {}).get("name", "adamw")  # before there was a choice
     if theirs == cfg.optim.name:
         return []

@@ -107,6 +107,7 @@ def test_files_and_keys_are_as_documented(root: Path) -> None:
         "world_size": 1,
         "versions": {"torch": "2"},
         "adam_steps": {"w": 11, "b": 12},
+        "amendments": [],
         "files": {STATE_FILE: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}},
     }
     assert (root / "latest").read_text() == "step-00000001\n"
