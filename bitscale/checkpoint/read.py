@@ -138,7 +138,13 @@ class Reader:
                 continue
             for kind, view in zip(KINDS, views(fragment), strict=True):
                 start, numel, shard = fragment.start, fragment.numel, fragment.shard
-                view.copy_(self.read(fragment.name, kind, start, numel, shard))
+                values = self.read(fragment.name, kind, start, numel, shard)
+                if not values.isfinite().all():
+                    raise CheckpointError(
+                        f"{self.path}: {fragment.name} ({kind}) holds NaN or infinity; resume "
+                        "from an earlier checkpoint"
+                    )
+                view.copy_(values)
             fragment.step.fill_(self.meta.adam_steps[fragment.name])
 
     def _open(self, name: str, *, verify: bool) -> None:
