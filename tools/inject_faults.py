@@ -29,11 +29,11 @@ from preloaded import preload
 from runs import prepare_corpus, python_text, write_config
 
 INTRODUCTION = """\
-Each fault hits a real run (`bitscale train`) of 40 steps that turns ternary in the middle and saves
-every 5 steps; it was at step 20 when the fault came, unless the fault says otherwise. *Lost* is not an
-opinion: after the mend that the message names, `--resume auto` ends the run **bitwise equal** to one
-that was never interrupted (every metric, every tensor of the checkpoints), or, where the session is
-refused, every file of the run is compared before and after.
+Each fault hits a real run (`bitscale train`) of 40 steps that turns ternary in the middle and
+saves every 5 steps; it had saved at 15 and 20 when the fault came, unless the fault says otherwise.
+*Lost* is not an opinion: after the mend that the message names, `--resume auto` ends the run
+**bitwise equal** to one that was never interrupted (every metric, every tensor of the checkpoints).
+Where a session is refused for its configuration, every file of the run is compared before and after.
 """
 
 
@@ -268,11 +268,8 @@ def _inject_all(folder: Path, quick: bool, only: str) -> tuple[list[Row], list[s
 def _report(rows: list[Row], minutes: float) -> str:
     lines = [f"# Faults\n\n{len(rows)} injected faults: nothing lost.\n", INTRODUCTION]
     for group in dict.fromkeys(row.group for row in rows):
-        lines += [
-            f"## {group}\n",
-            "| fault | what was seen | exit code | lost |",
-            "|---|---|---|---|",
-        ]
+        lines += [f"## {group}\n", "| fault | what was seen | exit code | lost |"]
+        lines.append("|---|---|---|---|")
         for row in (row for row in rows if row.group == group):
             what = row.seen.what.replace("|", "\\|")
             lines.append(f"| {row.fault} | {what} | {row.seen.exit_code} | {row.seen.lost} |")

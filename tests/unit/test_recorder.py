@@ -125,7 +125,7 @@ def test_a_fresh_run_refuses_an_existing_file(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     recorder = open_recorder(tmp_path)
-    recorder._file = Path("/dev/full").open("a", encoding="utf-8")
+    recorder._file = Path("/dev/full").open("a", encoding="utf-8")  # noqa: SIM115
     with pytest.raises(DataError) as error:
         recorder.train([record(1)])
     assert str(error.value) == (
