@@ -26,7 +26,7 @@ from bitscale.config import (
 from bitscale.data.batches import Batches
 from bitscale.data.corpus import PreparedCorpus
 from bitscale.engine import StepResult, TrainEngine, make_engine
-from bitscale.errors import NonFiniteLoss
+from bitscale.errors import CheckpointError, NonFiniteLoss
 from bitscale.evaluate import EvalResult, evaluate
 from bitscale.mesh import (
     Mesh,
@@ -244,10 +244,15 @@ def _rewind(cfg: Config, reader: checkpoint.Reader | None) -> None:
     root = run.checkpoints_dir(cfg)
     if reader is None or reader.path.parent.resolve() != root.resolve():
         return
-    for path in checkpoint.rewind(root, root / reader.path.name):
-        print(f"kept aside, as this run continues from an earlier step: superseded-{path.name}")
-    # What a session killed between a save and its pruning has left.
-    checkpoint.prune(root, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
+    try:
+        for path in checkpoint.rewind(root, root / reader.path.name):
+            print(f"kept aside, as this run continues from an earlier step: superseded-{path.name}")
+        # What a session killed between a save and its pruning has left.
+        checkpoint.prune(root, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
+    except OSError as error:
+        raise CheckpointError(
+            f"{root}: cannot be written ({error}); make it writable, then --resume auto"
+        ) from error
 
 
 def _announce(session: _Session, reader: checkpoint.Reader | None, differences: list[str]) -> None:

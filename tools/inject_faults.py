@@ -33,7 +33,7 @@ Each fault hits a real run (`bitscale train`) of 40 steps that turns ternary in 
 saves every 5 steps; it had saved at 15 and 20 when the fault came, unless the fault says otherwise.
 *Lost* is not an opinion: after the mend that the message names, `--resume auto` ends the run
 **bitwise equal** to one that was never interrupted (every metric, every tensor of the checkpoints).
-Where a session is refused for its configuration, every file of the run is compared before and after.
+Where a session is refused for its configuration, every file of the run is compared with before.
 """
 
 
@@ -66,7 +66,7 @@ def cases(other_text: Path | None, other_tokenizer: Path | None) -> list[Case]:
         Case(save, "the same, synchronous", lambda b: f.write_error_in_a_save(b, sync), 2),
         Case(save, "SIGKILL of one rank of 2", f.one_rank_killed_in_a_save, 2),
         Case(save, "files limited to 64 KiB (as a quota)", f.file_size_limit, quick=True),
-        Case(save, "`checkpoints/` not writable", f.forbidden("checkpoints", 0o555, "not saved, ")),
+        Case(save, "`checkpoints/` turns read-only", f.turns_read_only),
         Case(
             damaged,
             "shard truncated",
@@ -158,6 +158,11 @@ def cases(other_text: Path | None, other_tokenizer: Path | None) -> list[Case]:
         Case(config, "--resume of a path without checkpoints", f.no_checkpoint_there),
         Case(around, "a second run in the same directory", f.two_runs, quick=True),
         Case(around, "the wall clock jumps by ±10 years", f.clock_jumps, quick=True),
+        Case(
+            around,
+            "`checkpoints/` not writable",
+            f.forbidden("checkpoints", 0o555, "checkpoints: cannot be written ("),
+        ),
         Case(
             around,
             "run directory not writable",

@@ -1,6 +1,6 @@
 """What a forked training session carries in itself to go wrong at an exact point of a save.
 
-`Ambush`es are set up in the session's own process (`preloaded.Session(prepare=...)`) and strike just
+Ambushes are laid in the session's own process (`preloaded.Session(prepare=...)`) and strike just
 before a file operation, or in the middle of one: no timing, no luck, and no code in bitscale.
 """
 

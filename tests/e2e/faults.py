@@ -463,6 +463,23 @@ def forbidden(name: str, mode: int, *expected: str) -> Fault:
     return fault
 
 
+def turns_read_only(bench: Bench) -> Seen:
+    """Between two saves of a run."""
+    run_dir, point = bench.copy(), SAVE_POINTS["before its directory is made"]
+    _give_to_nobody(run_dir)
+    checkpoints = run_dir / "checkpoints"
+
+    def prepare(rank: int) -> None:
+        _as_nobody(rank)
+        lay(point, lambda: checkpoints.chmod(0o555))
+
+    seen = bench.expect(2, run_dir, prepare=prepare)
+    assert "not saved, [Errno 13] Permission denied" in seen, seen
+    checkpoints.chmod(0o755)
+    bench.assert_mended(run_dir)
+    return Seen(seen, 2)
+
+
 def disk_full(bench: Bench) -> Seen:
     """A disk with room for two and a half checkpoints. Needs root (mount)."""
     disk = bench.folder / "disk"
