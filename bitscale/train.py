@@ -263,10 +263,15 @@ def _rewind(cfg: Config, reader: StateSource | None) -> None:
     root = run.checkpoints_dir(cfg)
     if reader is None or reader.path.parent.resolve() != root.resolve():
         return
-    for path in checkpoint.rewind(root, root / reader.path.name):
-        print(f"kept aside, as this run continues from an earlier step: superseded-{path.name}")
-    # What a session killed between a save and its pruning has left.
-    checkpoint.prune(root, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
+    try:
+        for path in checkpoint.rewind(root, root / reader.path.name):
+            print(f"kept aside, as this run continues from an earlier step: superseded-{path.name}")
+        # What a session killed between a save and its pruning has left.
+        checkpoint.prune(root, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
+    except OSError as error:
+        raise CheckpointError(
+            f"{root}: cannot be written ({error}); make it writable, then --resume auto"
+        ) from error
 
 
 def _go_back(session: _Session, fault: guard.Fault) -> tuple[_Session, int]:

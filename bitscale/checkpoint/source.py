@@ -72,7 +72,13 @@ class StateSource(ABC):
             for kind, view in views(fragment).items():
                 if kind == "master" or moments:
                     start, numel, shard = fragment.start, fragment.numel, fragment.shard
-                    view.copy_(self.read(fragment.name, kind, start, numel, shard))
+                    values = self.read(fragment.name, kind, start, numel, shard)
+                    if not values.isfinite().all():
+                        raise CheckpointError(
+                            f"{self.path}: {fragment.name} ({kind}) holds NaN or infinity; resume "
+                            "from an earlier checkpoint"
+                        )
+                    view.copy_(values)
             if moments:
                 fragment.step.fill_(self.meta.adam_steps[fragment.name])
 

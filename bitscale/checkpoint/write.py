@@ -1,6 +1,7 @@
 """One rank's part of a save: its state copied to host memory, then written, hashed and synced."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -60,8 +61,8 @@ def write_shard(path: Path, snapshot: Snapshot) -> Shard:
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     """Write fp32 and uint8 CPU tensors durably; returns (bytes, SHA-256 in hex).
 
-    The same bytes as `safetensors.torch.save_file`, which makes a second copy of all tensors,
-    cannot hash what it writes, and creates files that only their owner can read.
+    The same bytes as `safetensors.torch.save_file`, which cannot hash what it writes (the file
+    would have to be read again) and creates files that only their owner can read.
     """
     widest_first = list(_DTYPE_NAMES)
     names = sorted(tensors, key=lambda name: (widest_first.index(tensors[name].dtype), name))
@@ -79,7 +80,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, s
     digest = hashlib.sha256()
     with path.open("wb") as file:
         head = memoryview(len(text).to_bytes(8, "little") + text)
-        for part in (head, *(_bytes(tensors[name]) for name in names)):
+        for part in itertools.chain([head], (_bytes(tensors[name]) for name in names)):
             for low in range(0, len(part), _CHUNK_BYTES):
                 digest.update(part[low : low + _CHUNK_BYTES])
                 file.write(part[low : low + _CHUNK_BYTES])

@@ -117,7 +117,7 @@ def test_files_and_keys_are_as_documented(root: Path) -> None:
 
 
 def test_state_files_have_the_bytes_of_safetensors(tmp_path: Path) -> None:
-    """Its own writer keeps a second copy of everything, and cannot hash on the way."""
+    """Ours hashes on the way."""
     tensors = {
         "rng_state": torch.get_rng_state(),
         "w|master|4": torch.randn(11),
@@ -377,6 +377,24 @@ def test_optional_parameters_may_be_missing_on_either_side(root: Path) -> None:
     assert int(new.step) == 12  # the largest count in the checkpoint
     with pytest.raises(CheckpointError, match=r"b has shape \[7\] there and none here"):
         reader.restore([w, new], shapes, optional=["new.alpha"])
+
+
+@pytest.mark.parametrize(("kind", "value"), [(0, float("nan")), (2, float("inf"))])
+def test_state_that_is_not_finite_is_refused(root: Path, kind: int, value: float) -> None:
+    saved = torch.ones(3, 2)
+    saved[kind, 1] = value
+    meta = replace(meta_at(1), shapes={"w": [2]})
+    path = checkpoint.save(
+        root,
+        meta,
+        [fragment("w", 0, saved)],
+        single_process_mesh("cpu"),
+        rng_state=torch.get_rng_state(),
+    )
+    target = fragment("w", 0, torch.zeros(3, 2))
+    name = ("master", "exp_avg", "exp_avg_sq")[kind]
+    with pytest.raises(CheckpointError, match=rf"w \({name}\) holds NaN or infinity; resume fr"):
+        Reader(path).restore([target], {"w": [2]})
 
 
 def test_elements_that_no_rank_saved_are_missed(root: Path) -> None:
