@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 
 from bitscale import __version__
-from bitscale.cli import config, evaluate, export, plan, prepare, report, train
+from bitscale.cli import config, evaluate, export, plan, prepare, probe, report, train
 from bitscale.errors import BitscaleError, ConfigError, TrainingFault
 
 EXIT_FAILURE = 1
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"bitscale {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (prepare, plan, train, evaluate, export, report, config):
+    for command in (prepare, plan, train, evaluate, probe, export, report, config):
         command.add_parser(subparsers)
     args, rest = parser.parse_known_args(argv)
     if rest and (

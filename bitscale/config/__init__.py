@@ -21,7 +21,7 @@ from bitscale.config.derived import (
     tokens_per_step,
     transition_step,
 )
-from bitscale.config.load import config_hash, load_config, parse_config, to_tree, to_yaml
+from bitscale.config.load import config_hash, load_config, override, parse_config, to_tree, to_yaml
 from bitscale.config.schema import (
     Config,
     ModelConfig,
@@ -53,6 +53,7 @@ __all__ = [
     "load_config",
     "num_kv_heads",
     "num_steps",
+    "override",
     "parse_amendments",
     "parse_config",
     "point_step",

@@ -12,4 +12,4 @@ def load_model(path: Path) -> LoadedModel:
     return load_packed(path) if is_packed(path) else load_checkpoint(resolve(path))
 
 
-__all__ = ["LoadedModel", "export_packed", "load_model", "load_packed"]
+__all__ = ["LoadedModel", "export_packed", "load_checkpoint", "load_model", "load_packed"]
