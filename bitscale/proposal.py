@@ -19,6 +19,7 @@ IDEAL = "equal rises"
 SHAPES = ("linear", "paper", "exponential", "sigmoid", "cosine")
 DEFAULT_MAX_RISE = 0.01  # nats a step
 _RESOLUTION = 1000  # points of u
+_ROUNDING = 1e-9
 _OUTLIER = 3.0  # times the mean damage
 _SIGNIFICANT = 2.0  # standard errors
 
@@ -63,19 +64,17 @@ def propose_ramp(
     distances = {
         shape: float(np.sqrt(np.mean((shape_over(shape, u) - ideal) ** 2))) for shape in SHAPES
     }
-    for shape in sorted(distances, key=distances.__getitem__):
-        along = _monotone(strengths, rises, shape_over(shape, u))
-        # The paper's ramp jumps at its end, however long it is.
-        before_end = shape_over(shape, np.array([1.0 - 1e-9]))
-        jump = float(along[-1] - _monotone(strengths, rises, before_end)[0])
-        if jump <= max_rise:
-            break
-    steepest = float(np.diff(along)[:-1].max()) * _RESOLUTION
-    num_steps = max(1, math.ceil(steepest / max_rise))
+    # The paper's ramp jumps at its end, however long it is: it may have to be left out.
+    shape = next(
+        shape
+        for shape in sorted(distances, key=distances.__getitem__)
+        if shape != "paper" or _last_rise(strengths, rises, shape) <= max_rise
+    )
+    num_steps = _fewest_steps(strengths, rises, shape, max_rise)
     return Proposal(
         shape,
         num_steps,
-        math.ceil(whole / max_rise),
+        _ceil(whole / max_rise),
         distances,
         f"{shape} is nearest to equal rises on equal steps; over {num_steps:,} steps none raises "
         f"the loss at these weights by more than {max_rise:g} nats",
@@ -85,10 +84,10 @@ def propose_ramp(
 def ideal_ramp(strengths: Sequence[float], rises: Sequence[float], u: Floats) -> Floats:
     """λ*(u): the inverse of the share of the rise, which is interpolated linearly in λ."""
     share = np.maximum.accumulate(np.maximum(rises, 0.0))
-    share = share / share[-1]
-    # Where the share stands still it has no inverse: keep the last λ of each value.
-    last = np.append(share[1:] > share[:-1], True)
-    result: Floats = np.interp(u, share[last], np.asarray(strengths, dtype=np.float64)[last])
+    # Where the rise stands still λ* jumps: as steep as can be told from a jump.
+    places = share / share[-1] + 1e-12 * np.arange(len(share))
+    result: Floats = np.interp(u, places, np.asarray(strengths, dtype=np.float64))
+    result[u >= 1.0] = strengths[-1]
     return result
 
 
@@ -124,3 +123,26 @@ def start_later(damages: Sequence[tuple[str, float, float]]) -> list[str]:
 def _monotone(strengths: Sequence[float], rises: Sequence[float], at: Floats) -> Floats:
     result: Floats = np.interp(at, strengths, np.maximum.accumulate(np.maximum(rises, 0.0)))
     return result
+
+
+def _fewest_steps(
+    strengths: Sequence[float], rises: Sequence[float], shape: str, max_rise: float
+) -> int:
+    """Steps of a ramp none of which raises the loss by more than `max_rise`."""
+    num_steps = _ceil(max(rises) / max_rise)
+    while True:
+        ramp = [ramp_value(shape, step, num_steps) for step in range(num_steps + 1)]
+        largest = float(np.diff(_monotone(strengths, rises, np.array(ramp))).max())
+        if largest <= max_rise * (1 + _ROUNDING):
+            return num_steps
+        num_steps = max(num_steps + 1, _ceil(num_steps * largest / max_rise))
+
+
+def _last_rise(strengths: Sequence[float], rises: Sequence[float], shape: str) -> float:
+    """What is left to rise just before the end of the ramp."""
+    before = _monotone(strengths, rises, shape_over(shape, np.array([1.0 - 1e-9])))
+    return float(np.max(rises) - before[0])
+
+
+def _ceil(value: float) -> int:
+    return max(1, math.ceil(value * (1 - _ROUNDING)))

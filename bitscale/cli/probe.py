@@ -153,7 +153,7 @@ def _checked_parts(args: argparse.Namespace) -> "list[Part]":
     for name, (value, least) in sizes.items():
         if not value >= least or math.isinf(value):
             raise ConfigError(f"{name} {value:g} is too small or infinite; give {least} or more")
-    if not 0 < args.max_rise < math.inf:
+    if not 1e-5 <= args.max_rise < math.inf:
         raise ConfigError(f"--max-rise {args.max_rise:g} is no rise of a loss; give e.g. 0.01")
     return parts
 

@@ -83,7 +83,8 @@ def _draw_ramps(panel: Any, ramps: Sequence[Ramp], ideal: str, proposed: str) ->
             label=f"{name} (proposed)" if is_proposed else name,
         )
     panel.set_xlabel("share of the ramp")
-    panel.legend(frameon=False, fontsize=8)
+    if ramps:
+        panel.legend(frameon=False, fontsize=8)
 
 
 def _draw_damages(panel: Any, damages: Sequence[Damage], number: int) -> None:
