@@ -79,6 +79,18 @@ def evaluate(
     )
 
 
+def corpora_of_tokenizer(paths: Sequence[Path], fingerprint: str) -> list[PreparedCorpus]:
+    """Raises DataError for a corpus of another tokenizer: its ids would mean other text."""
+    corpora = [load_corpus(path) for path in paths]
+    for corpus in corpora:
+        if corpus.manifest.tokenizer.fingerprint != fingerprint:
+            raise DataError(
+                f"{corpus.directory} was prepared with another tokenizer than the model's; "
+                "prepare it with the tokenizer of the training corpus (--tokenizer PATH)"
+            )
+    return corpora
+
+
 def evaluate_loaded(
     model: nn.Module,
     corpus_paths: Sequence[Path],
@@ -94,13 +106,7 @@ def evaluate_loaded(
 
     Raises DataError for a corpus of another tokenizer: its ids would mean other text.
     """
-    corpora = [load_corpus(path) for path in corpus_paths]
-    for corpus in corpora:
-        if corpus.manifest.tokenizer.fingerprint != tokenizer_fingerprint:
-            raise DataError(
-                f"{corpus.directory} was prepared with another tokenizer than the model's; "
-                "prepare it with the tokenizer of the training corpus (--tokenizer PATH)"
-            )
+    corpora = corpora_of_tokenizer(corpus_paths, tokenizer_fingerprint)
     mesh = single_process_mesh(device)
     model = model.to(mesh.device).eval()
 

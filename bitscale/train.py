@@ -291,7 +291,7 @@ def _open_everywhere(path: Path, mesh: Mesh) -> checkpoint.Reader:
     """A rank that cannot read it must not leave the others waiting for ever."""
     reader, problem = None, ""
     try:
-        reader = checkpoint.Reader(path)
+        reader = checkpoint.Reader(path, verify=(mesh.rank, mesh.world_size))
     except CheckpointError as error:
         problem = str(error)
     for text in filter(None, mesh.gather_objects(problem)):

@@ -26,6 +26,7 @@ from bitscale.config.derived import (
 from bitscale.config.load import (
     config_hash,
     load_config,
+    override,
     parse_config,
     quant_config,
     to_tree,
@@ -70,6 +71,7 @@ __all__ = [
     "num_kv_heads",
     "num_pipeline_stages",
     "num_steps",
+    "override",
     "parse_amendments",
     "parse_config",
     "point_step",

@@ -30,7 +30,17 @@ _UNITS = {"step", "steps", "tokens", "fraction"}
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read `path` (following `base:`), apply `section.key=value` overrides, validate, check."""
-    merged = _read(Path(path), ())
+    merged = override(_read(Path(path), ()), overrides)
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_first_line(error)}") from error
+    return parse_config(tree, where=str(path))
+
+
+def override(tree: dict[Any, Any], overrides: Sequence[str]) -> dict[Any, Any]:
+    """`tree` with dotted overrides (`section.key=value`) merged on top, not validated."""
+    merged = tree
     for text in overrides:
         if "=" not in text:
             raise ConfigError(f"override {text!r} is not of the form section.key=value")
@@ -39,11 +49,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
             raise ConfigError(f"override {text!r}: {_first_line(error)}") from error
         merged = _merge(merged, above)
-    try:
-        tree = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from error
-    return parse_config(tree, where=str(path))
+    return merged
 
 
 def parse_config(tree: object, where: str) -> Config:

@@ -39,6 +39,7 @@ __all__ = [
     "LoadedModel",
     "ModelSource",
     "export_packed",
+    "load_checkpoint",
     "load_model",
     "load_packed",
     "open_source",

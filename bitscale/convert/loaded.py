@@ -1,5 +1,6 @@
 """A checkpoint as a model for inference: no DeepSpeed, no optimizer, one process."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,10 +8,11 @@ import torch
 from torch import nn
 
 from bitscale.checkpoint import Reader
-from bitscale.config import ModelConfig, QuantConfig, parse_amendments, parse_config
-from bitscale.errors import CheckpointError
-from bitscale.model.bitlinear import set_strength
+from bitscale.config import ModelConfig, QuantConfig, override, parse_amendments, parse_config
+from bitscale.errors import CheckpointError, ConfigError
+from bitscale.model.bitlinear import bit_linears, is_scale, set_strength
 from bitscale.model.decoder import Decoder
+from bitscale.quant.learned import initial_scale
 from bitscale.quant.schedule import Strength, quant_strength
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -32,15 +34,31 @@ def decoder_on_meta(m: ModelConfig, quant: QuantConfig) -> Decoder:
         return Decoder(m, quant)
 
 
-def load_checkpoint(path: Path) -> LoadedModel:
-    """The model of a training checkpoint, in the dtype that the run computed with."""
+def load_checkpoint(path: Path, overrides: Sequence[str] = ()) -> LoadedModel:
+    """The model of a training checkpoint, in the dtype that the run computed with.
+
+    `overrides`, such as quant.preset=absmedian, may give it another quantizer; scales that it
+    learns and the checkpoint has not start from the weights. Raises ConfigError for any other key.
+    """
+    for text in overrides:
+        if not text.startswith("quant."):
+            raise ConfigError(
+                f"{text!r}: only the quantizer of a trained checkpoint can be another; give keys "
+                "of quant, such as quant.preset=absmedian"
+            )
     reader = Reader(path)
     meta = reader.meta
-    cfg = parse_config(meta.config, where=str(path))
+    cfg = parse_config(override(meta.config, overrides), where=str(path))
     model = decoder_on_meta(cfg.model, cfg.quant)
     state = {name: tensor.to(DTYPES[cfg.train.dtype]) for name, tensor in reader.parameters()}
     if cfg.model.tie_embeddings:
         state["head.weight"] = state["embed.weight"]
+    if overrides:
+        state = {name: tensor for name, tensor in state.items() if not is_scale(name)}
+        for name, layer in bit_linears(model):
+            if layer.alpha is not None:
+                weight_FD = state[f"{name}.weight"]
+                state[f"{name}.alpha"] = initial_scale(weight_FD).to(weight_FD.dtype)
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:

@@ -56,6 +56,7 @@ class Job(NamedTuple):
     fault: Fault | None = None
     kills: Sequence[str | int] = ()  # of MOMENTS, or the batch before which to kill
     amendments_of: str = ""  # another run's, in force from the first step on
+    resume: str = "auto"
 
 
 def main() -> int:
@@ -87,7 +88,7 @@ def _run(job: Job, answer: Connection) -> None:
             kill_at(owner, name, flag, after=after)
     if job.amendments_of:
         shutil.copy(Path(job.amendments_of) / guard.AMENDMENTS_NAME, run_dir)
-    arguments = [*job.arguments, f"run.dir={run_dir}", "--resume", "auto"]
+    arguments = [*job.arguments, f"run.dir={run_dir}", "--resume", job.resume]
     log = run_dir.with_name(f"{run_dir.name}.log")
     codes: list[int] = []
     while not codes or codes[-1] == -signal.SIGKILL:

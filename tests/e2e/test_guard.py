@@ -22,7 +22,9 @@ POISONED = 22  # a batch: that of step 22 (from 0) unless one before it is skipp
 
 
 @pytest.fixture(scope="module")
-def runs(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def runs(
+    config_file: Path, finished_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """All jobs below, by the name of their run: (directory, exit codes of its sessions)."""
     root = tmp_path_factory.mktemp("guard")
     short = [str(config_file), "train.steps=30", "train.eval_every=10", "log.every=3"]
@@ -36,6 +38,7 @@ def runs(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     other_text = Fault("targets", POISONED, POISONED)
     spike = [*skip, "transition.guard.spike=0.3", "transition.guard.window=10"]
     moments = list(MOMENTS)
+    trunk = finished_run / "checkpoints" / "step-00000015"
     hopeless = [*skip, "transition.guard.max_retries=2"]
 
     def job(name: str, *rest: Any, **more: Any) -> Job:
@@ -57,6 +60,7 @@ def runs(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         job("spike", spike, 1, other_text),
         job("spike-killed", spike, 1, other_text, [21, moments[3], 24]),
         job("hopeless", hopeless, 1, Fault("nan", POISONED, 30)),
+        job("fork", [*skip, "checkpoint.every=8"], 1, Fault("nan", 15, 15), resume=str(trunk)),
     ]
     trees = [{**j._asdict(), "fault": j.fault and j.fault._asdict()} for j in jobs]
     script = Path(__file__).with_name("faulty_sessions.py")
@@ -144,6 +148,16 @@ def test_gives_up_and_stays_given_up(runs: dict[str, Any], tmp_path: Path) -> No
     (summary,) = write_report([run_dir], tmp_path / "report")
     assert summary.num_rollbacks == 2
     assert "rollbacks" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_fork_goes_back_to_its_trunk(runs: dict[str, Any], finished_run: Path) -> None:
+    """Of its own checkpoints, at 16 and 24 steps, none lies before the fault of step 16."""
+    run_dir, codes = runs["fork"]
+    assert codes == [0], log_of(run_dir)
+    (event,) = rollbacks(run_dir)
+    assert (event["detected_step"], event["from_step"]) == (16, 15)
+    assert [line["step"] for line in metrics(run_dir, "train")] == list(range(16, 31))
+    assert (finished_run / "checkpoints" / "latest").read_text() == "step-00000040\n"
 
 
 def log_of(run_dir: Path) -> str:
