@@ -1,7 +1,7 @@
 """Runs through the transition, saved on the way at one layout and resumed at others.
 
 For tests/dist/test_resume_matrix.py and tools/compare_resume.py: `save_run` trains without a break
-and keeps checkpoints and what it held; `resume_run` restores them and compares.
+and keeps checkpoints and what it held; `resume_runs` restores them and compares.
 """
 
 from pathlib import Path
@@ -23,7 +23,8 @@ from tiny_runs import (
 )
 
 from bitscale import checkpoint
-from bitscale.config import Config, num_kv_heads
+from bitscale.config import Config, OptimizerState, num_kv_heads
+from bitscale.data.batches import Batches
 from bitscale.engine import TrainEngine
 from bitscale.mesh import Mesh, share_model
 from bitscale.transition import begin_transition
@@ -63,6 +64,14 @@ class Saved(NamedTuple):
     next_state: dict[str, Whole]
 
 
+class Kept(NamedTuple):
+    """An uninterrupted run: its checkpoints, and what it held and did."""
+
+    root: Path
+    policy: OptimizerState
+    saved: dict[str, Saved]
+
+
 class Difference(NamedTuple):
     """Between a resumed run and the uninterrupted one, at one checkpoint."""
 
@@ -97,7 +106,7 @@ def build(mesh: Mesh, cfg: Config) -> tuple[TrainEngine, Mesh]:
     return make_engine(cfg, mesh), mesh
 
 
-def save_run(mesh: Mesh, cfg: Config, corpus: Path, root: Path) -> dict[str, Saved]:
+def save_run(mesh: Mesh, cfg: Config, corpus: Path, root: Path) -> Kept:
     """Train past the last of SAVED_STEPS, and keep a checkpoint at each under `root`."""
     engine, mesh = build(mesh, cfg)
     batches = make_batches(cfg, corpus, mesh.dp_rank, mesh.dp_size)
@@ -114,38 +123,42 @@ def save_run(mesh: Mesh, cfg: Config, corpus: Path, root: Path) -> dict[str, Sav
         if step in moment_at:
             after = whole_state(engine, mesh)
             saved[moment_at[step]] = Saved(state, begun or state, loss, after)
-    return saved
+    return Kept(root, cfg.transition.optimizer_state, saved)
 
 
-def resume_run(
-    mesh: Mesh, cfg: Config, corpus: Path, root: Path, saved: dict[str, Saved]
-) -> list[Difference]:
-    """Restore every checkpoint of `save_run` into one engine, and train one step from each."""
+def resume_runs(
+    mesh: Mesh, cfg: Config, corpus: Path, runs: list[Kept]
+) -> list[list[Difference]]:
+    """Restore every checkpoint of `runs` into one engine, and train one step from each."""
     engine, mesh = build(mesh, cfg)
     batches = make_batches(cfg, corpus, mesh.dp_rank, mesh.dp_size)
-    differences = []
-    for moment, then in saved.items():
-        step = SAVED_STEPS[moment]
-        reader = checkpoint.Reader(root / f"step-{step:08d}")
-        reader.restore(engine.fragments(), engine.parameter_shapes())
-        engine.publish_masters()
-        restored = differing(whole_state(engine, mesh), then.state)
-        if step == TRANSITION_STEP:
-            begin_transition(engine, mesh, cfg.transition.optimizer_state)
+    return [
+        [resume(engine, mesh, batches, run, moment) for moment in run.saved] for run in runs
+    ]
+
+
+def resume(
+    engine: TrainEngine, mesh: Mesh, batches: Batches, run: Kept, moment: str
+) -> Difference:
+    """What one checkpoint of a run gives here, compared with the run that went on."""
+    then, step = run.saved[moment], SAVED_STEPS[moment]
+    reader = checkpoint.Reader(run.root / f"step-{step:08d}")
+    reader.restore(engine.fragments(), engine.parameter_shapes())
+    engine.publish_masters()
+    restored = begun = differing(whole_state(engine, mesh), then.state)
+    if step == TRANSITION_STEP:
+        begin_transition(engine, mesh, run.policy)
         begun = differing(whole_state(engine, mesh), then.begun)
-        loss, _ = train_step(engine, batches, step, mesh)
-        after = whole_state(engine, mesh)
-        differences.append(
-            Difference(
-                moment,
-                restored,
-                begun,
-                abs(loss - then.next_loss),
-                distance(after, then.next_state, ("master",)),
-                distance(after, then.next_state, ("exp_avg", "exp_avg_sq")),
-            )
-        )
-    return differences
+    loss, _ = train_step(engine, batches, step, mesh)
+    after = whole_state(engine, mesh)
+    return Difference(
+        moment,
+        restored,
+        begun,
+        abs(loss - then.next_loss),
+        distance(after, then.next_state, ("master",)),
+        distance(after, then.next_state, ("exp_avg", "exp_avg_sq")),
+    )
 
 
 def differing(ours: dict[str, Whole], theirs: dict[str, Whole]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from resume_runs import SAVED_STEPS, Layout, Saved, resume_run, run_config, save_run
+from resume_runs import SAVED_STEPS, Kept, Layout, resume_runs, run_config, save_run
 from world import World
 
 pytestmark = pytest.mark.dist
@@ -24,27 +24,25 @@ SECONDS = 300.0
 @pytest.fixture(scope="module")
 def runs(
     world_of: Callable[[int], World], corpus_prefix: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[Layout, tuple[Path, dict[str, Saved]]]:
+) -> dict[Layout, Kept]:
     made = {}
     for layout, policy in SAVING.items():
-        root = tmp_path_factory.mktemp("saved")
-        cfg = run_config(layout, policy)
+        arguments = (run_config(layout, policy), corpus_prefix, tmp_path_factory.mktemp("saved"))
         world = world_of(layout.world_size)
-        made[layout] = (root, world.run(save_run, cfg, corpus_prefix, root, seconds=SECONDS)[0])
+        made[layout] = world.run(save_run, *arguments, seconds=SECONDS)[0]
     return made
 
 
 @pytest.mark.parametrize("here", SAVING, ids=lambda layout: layout.name)
 def test_resumes_what_every_layout_saved(
     here: Layout,
-    runs: dict[Layout, tuple[Path, dict[str, Saved]]],
+    runs: dict[Layout, Kept],
     world_of: Callable[[int], World],
     corpus_prefix: Path,
 ) -> None:
-    for there, (root, saved) in runs.items():
-        cfg = run_config(here, SAVING[there])
-        arguments = (cfg, corpus_prefix, root, saved)
-        rows = world_of(here.world_size).run(resume_run, *arguments, seconds=SECONDS)[0]
+    arguments = (run_config(here, "keep"), corpus_prefix, list(runs.values()))
+    results = world_of(here.world_size).run(resume_runs, *arguments, seconds=SECONDS)[0]
+    for there, rows in zip(runs, results, strict=True):
         assert [row.moment for row in rows] == list(SAVED_STEPS)
         for row in rows:
             where = f"{there.name} -> {here.name}, {row}"

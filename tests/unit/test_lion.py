@@ -67,7 +67,7 @@ def test_the_named_optimizer_starts_without_moving(name: str, make_config: MakeC
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("optim.name=muon", ["optim.name='muon'", "whole matrices", "use adamw"]),
+        ("optim.name=muon", ["optim.name='muon'", "data-parallel ranks only", "use adamw"]),
         ("optim.name=adamw8bit", ["optim.name='adamw8bit'", "share a scale", "use adamw"]),
         (
             "transition.optimizer_state=keep_second_moment",
