@@ -18,9 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "dist"))
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "dist"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from compare_zero import commit
 from resume_runs import (
@@ -38,6 +37,7 @@ from bitscale.recorder import format_duration
 from tiny_runs import TERNARY_STEP, TRANSITION_STEP
 from world import World
 
+ROOT = Path(__file__).parents[1]
 LAYOUTS: dict[Layout, str | dict[str, float]] = {  # with the policy of the run that saves there
     Layout(1): "keep",
     Layout(2, stage=2): {"scale": 0.3},
