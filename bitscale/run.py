@@ -10,6 +10,7 @@ from bitscale import __version__, checkpoint
 from bitscale.config import Config, to_tree, to_yaml, transition_step
 from bitscale.data.corpus import PreparedCorpus, load_corpus
 from bitscale.errors import CheckpointError, ConfigError, DataError
+from bitscale.mesh import Mesh
 from bitscale.recorder import METRICS_NAME, read_lines
 
 # Keys that cannot change results; a resumed run may differ in them.
@@ -149,6 +150,21 @@ def find_resume(cfg: Config, resume: str | None) -> Path | None:
             "choose another run.dir"
         )
     return chosen
+
+
+def check_same_checkpoint(mesh: Mesh, path: Path | None) -> None:
+    """That every rank resumes from the same one (a collective).
+
+    On a network file system a rank may still see an older `latest`, or none.
+    """
+    seen = mesh.gather_objects("none" if path is None else path.name)
+    for rank, name in enumerate(seen):
+        if name != seen[0]:
+            raise CheckpointError(
+                f"rank {rank} would resume from {name} and rank 0 from {seen[0]}: the file system "
+                "does not show every host the same yet; start again, or name the checkpoint with "
+                "--resume PATH"
+            )
 
 
 def _trunk(metrics: Path) -> Path | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bitscale import checkpoint, run
+from bitscale import checkpoint, run, run_lock
 from bitscale.config import (
     Config,
     ScaledMoments,
@@ -27,12 +27,13 @@ from bitscale.config import (
 from bitscale.data.batches import Batches
 from bitscale.data.corpus import PreparedCorpus
 from bitscale.engine import StepResult, TrainEngine, make_engine
-from bitscale.errors import NonFiniteLoss
+from bitscale.errors import CheckpointError, NonFiniteLoss
 from bitscale.evaluate import EvalResult, evaluate
 from bitscale.mesh import (
     Mesh,
     close_mesh,
     init_mesh,
+    rank_from_environment,
     share_model,
     under_launcher,
     world_size_from_environment,
@@ -73,6 +74,7 @@ class _Session:
     engine: TrainEngine
     batches: Batches
     recorder: Recorder
+    saver: checkpoint.Saver
     telemetry: TernaryTelemetry | None
     identity: dict[str, str]
 
@@ -95,9 +97,20 @@ def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[st
     check_world_size(cfg, world_size_from_environment())
     corpora = run.load_corpora(cfg)
     cfg = run.resolve_vocab(cfg, corpora[0].vocab_size)
+    with run_lock.hold(Path(cfg.run.dir), enabled=rank_from_environment() == 0):
+        return _train(cfg, corpora, resume, allow_change)
+
+
+def _train(
+    cfg: Config, corpora: list[PreparedCorpus], resume: str | None, allow_change: Collection[str]
+) -> Outcome:
     identity = run.identity(cfg, corpora)
     resume_from = run.find_resume(cfg, resume)
-    reader = None if resume_from is None else checkpoint.Reader(resume_from)
+    reader = None
+    if resume_from is not None:
+        # Each rank verifies its share of the files.
+        ranks = (rank_from_environment(), world_size_from_environment())
+        reader = checkpoint.Reader(resume_from, verify=ranks)
     differences: list[str] = []
     if reader is not None:
         theirs = run.identity_for(cfg, reader.meta)
@@ -107,11 +120,16 @@ def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[st
     mesh = init_mesh(cfg.engine.device, cfg.engine.num_threads)
     mesh = share_model(mesh, cfg.parallel.tp, num_kv_heads(cfg), cfg.parallel.pp)
     try:
+        run.check_same_checkpoint(mesh, resume_from)
         session = _set_up(cfg, mesh, corpora, identity, reader)
         _announce(session, reader, differences)
         start = 0 if reader is None else reader.meta.step
         with StopRequest(repeats_kill=not under_launcher()) as stop_request:
-            outcome = _loop(session, start, stop_request)
+            try:
+                outcome = _loop(session, start, stop_request)
+            except NonFiniteLoss:  # on every rank; what is being saved is from before
+                _record(session, session.saver.finish())
+                raise
         session.recorder.close()
         return outcome
     finally:
@@ -139,6 +157,7 @@ def _loop(session: _Session, start: int, stop_request: StopRequest) -> Outcome:
         monitor.add(done, result, lr, decay, strength)
 
         stopping = mesh.any(stop_request.received)
+        _record(session, session.saver.poll())
         if _due(done, cfg.log.every) or done == last or stopping:
             monitor.report()
         if session.telemetry is not None and _due(done, cfg.log.telemetry_every):
@@ -147,7 +166,7 @@ def _loop(session: _Session, start: int, stop_request: StopRequest) -> Outcome:
             valid = _evaluate(session, done)
         if _due(done, cfg.checkpoint.every) or done == last or stopping:
             monitor.report()  # a checkpoint never outlives an unseen NaN
-            _save(session, done, strength)
+            _save(session, done, strength, wait=done == last or stopping)
         if stopping and done < last:
             session.recorder.event(done, session.batches.tokens_seen(done), "preempted")
             session.say(
@@ -199,10 +218,16 @@ def _set_up(
         num_steps=num_steps(cfg),
         tensorboard=cfg.log.tensorboard,
     )
+    saver = checkpoint.Saver(
+        run.checkpoints_dir(cfg),
+        mesh,
+        keep_last=cfg.checkpoint.keep_last,
+        keep_every=cfg.checkpoint.keep_every,
+    )
     if telemetry is not None and reader is not None:
         # Flips count from the checkpoint.
         telemetry.read(engine.gathered, compute=mesh.speaks_for_stage)
-    return _Session(cfg, mesh, corpora, engine, batches, recorder, telemetry, identity)
+    return _Session(cfg, mesh, corpora, engine, batches, recorder, saver, telemetry, identity)
 
 
 def _restore(engine: TrainEngine, mesh: Mesh, reader: checkpoint.Reader) -> None:
@@ -225,12 +250,17 @@ def _restore(engine: TrainEngine, mesh: Mesh, reader: checkpoint.Reader) -> None
 
 def _rewind(cfg: Config, reader: checkpoint.Reader | None) -> None:
     root = run.checkpoints_dir(cfg)
-    if reader is None or reader.path.resolve().parent != root.resolve():
+    if reader is None or reader.path.parent.resolve() != root.resolve():
         return
-    for path in checkpoint.rewind(root, root / reader.path.name):
-        print(f"kept aside, as this run continues from an earlier step: superseded-{path.name}")
-    # What a session killed between a save and its pruning has left.
-    checkpoint.prune(root, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
+    try:
+        for path in checkpoint.rewind(root, root / reader.path.name):
+            print(f"kept aside, as this run continues from an earlier step: superseded-{path.name}")
+        # What a session killed between a save and its pruning has left.
+        checkpoint.prune(root, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
+    except OSError as error:
+        raise CheckpointError(
+            f"{root}: cannot be written ({error}); make it writable, then --resume auto"
+        ) from error
 
 
 def _announce(session: _Session, reader: checkpoint.Reader | None, differences: list[str]) -> None:
@@ -411,11 +441,11 @@ def _read_telemetry(session: _Session, done: int) -> None:
     session.recorder.telemetry(done, layers)
 
 
-def _save(session: _Session, done: int, strength: Strength) -> None:
+def _save(session: _Session, done: int, strength: Strength, *, wait: bool) -> None:
+    """Save after `done` steps; unless `wait`, training goes on before the files are written."""
     cfg, mesh, engine = session.cfg, session.mesh, session.engine
-    root = run.checkpoints_dir(cfg)
+    _record(session, session.saver.finish())
     session.recorder.flush()
-    begin = time.perf_counter()
     meta = checkpoint.Meta(
         step=done,
         tokens=session.batches.tokens_seen(done),
@@ -428,12 +458,27 @@ def _save(session: _Session, done: int, strength: Strength) -> None:
         world_size=mesh.world_size,
         versions=run.versions(),
     )
-    path = checkpoint.save(root, meta, engine.fragments(), mesh, rng_state=torch.get_rng_state())
-    seconds = time.perf_counter() - begin
-    if mesh.is_main:
-        checkpoint.prune(root, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
-    session.recorder.event(done, meta.tokens, "checkpoint", path=str(path), seconds=seconds)
-    session.say(f"saved {path} in {format_duration(seconds)}")
+    session.saver.begin(meta, engine.fragments(), torch.get_rng_state())
+    if wait or not cfg.checkpoint.asynchronous:
+        _record(session, session.saver.finish())
+
+
+def _record(session: _Session, saved: checkpoint.Saved | None) -> None:
+    """Say that a checkpoint has come into force, if one has."""
+    if saved is None:
+        return
+    session.recorder.event(
+        saved.meta.step,
+        saved.meta.tokens,
+        "checkpoint",
+        path=str(saved.path),
+        seconds=saved.seconds,
+        blocked_seconds=saved.blocked_seconds,
+    )
+    waited = "" if saved.blocked_seconds > 0.9 * saved.seconds else ", in the background"
+    session.say(f"saved {saved.path} in {format_duration(saved.seconds)}{waited}")
+    if saved.unpruned:
+        session.say(f"warning: an older checkpoint could not be deleted: {saved.unpruned}")
 
 
 def _due(done: int, every: int) -> bool:
