@@ -2,6 +2,7 @@
 
 from bitscale.config.checks import check_world_size
 from bitscale.config.derived import (
+    moments_of,
     num_kv_heads,
     num_steps,
     point_step,
@@ -43,6 +44,7 @@ __all__ = [
     "check_world_size",
     "config_hash",
     "load_config",
+    "moments_of",
     "num_kv_heads",
     "num_steps",
     "parse_config",
