@@ -27,7 +27,7 @@ from bitscale.config import Config, ModelConfig, QuantConfig, parse_config, quan
 from bitscale.convert.loaded import DTYPES, LoadedModel, decoder_on_meta
 from bitscale.data.corpus import load_corpus
 from bitscale.errors import CheckpointError, DataError
-from bitscale.model.bitlinear import PackedBitLinear, bit_linears
+from bitscale.model.bitlinear import PackedBitLinear, bit_linears, set_strength
 from bitscale.quant.pack import pack_2bit, unpack_2bit
 from bitscale.quant.reference import finished_bias, ternarize
 from bitscale.quant.schedule import TERNARY, quant_strength
@@ -119,6 +119,7 @@ def load_packed(path: Path) -> LoadedModel:
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:
         raise CheckpointError(f"{path}: tensors missing: {', '.join(missing)}")
+    set_strength(model, TERNARY)  # of an 8-bit head, and of a SubLN that came in with λ
     return LoadedModel(
         model,
         TERNARY,

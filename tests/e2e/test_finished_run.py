@@ -63,7 +63,9 @@ def test_fork_with_sub_norm_from_the_transition_on(
     """No other model until then; its weights begin there, the others as if nothing was new."""
     trunk = finished_run / "checkpoints" / f"step-{TRUNK_STEP:08d}"
     arguments = (config_file, f"run.dir={tmp_path / 'run'}", "--resume", trunk)
-    fork = ("model.sub_norm=transition", "transition.at.step=12", "train.stop_step=14")
+    fork = ("model.sub_norm=transition", "model.head_bits=8", "train.stop_step=14")
+    fork += ("transition.at.step=12", "transition.ramp.shape=none", "transition.ramp.over.steps=0")
+    fork += ("--allow-change", "model.head_bits")  # which follows λ as well
     # Another optimizer is not taken along unnoticed, and nothing is left behind.
     lion = ("optim.name=lion", "transition.optimizer_state=keep")
     assert main(["train", *map(str, arguments), *fork, *lion]) == 2
@@ -81,6 +83,10 @@ def test_fork_with_sub_norm_from_the_transition_on(
     norms = {name: state.read(name, "master", 0, 4) for name in state.meta.shapes}
     norms = {name: weight for name, weight in norms.items() if "sub_norm" in name}
     assert len(norms) == 4 and not any(weight.eq(1).any() for weight in norms.values())
+    # The packed model has them, and its head of 8 bits, at λ = 1.
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "packed")]) == 0
+    mine, its = _eval(tmp_path / "packed", tmp_path), _eval(tmp_path / "run", tmp_path)
+    assert mine["loss"] == its["loss"] == metrics(tmp_path / "run", "valid")[-1]["loss"]
 
 
 def test_fork_into_a_run_is_refused(
