@@ -45,7 +45,6 @@ class Layout(NamedTuple):
     tp: int = 1
     pp: int = 1
     sequence_parallel: bool = False
-    optimizer: str = "adamw"
 
     def config(self, model: dict[str, Any]) -> Config:
         return tiny_config(
@@ -54,11 +53,7 @@ class Layout(NamedTuple):
             model=model,
             # Without clipping: the norm of more gradients, of which some are 0, may be rounded
             # in another order.
-            optim={
-                "name": self.optimizer,
-                "lr": 3e-3 if self.optimizer == "adamw" else 3e-4,
-                "clip": 0.0,
-            },
+            optim={"clip": 0.0},
             engine={"deepspeed": NO_PERSISTENCE} if self.stage == 3 else {},
             parallel={
                 "tp": self.tp,
@@ -71,9 +66,7 @@ class Layout(NamedTuple):
 LAYOUTS = {
     "zero0": Layout(1, 0),
     "zero1-bf16": Layout(2, 1, "bf16"),
-    "zero2-lion": Layout(2, 2, optimizer="lion"),
-    "zero3": Layout(2, 3),
-    "tp2-sp-zero3": Layout(4, 3, tp=2, sequence_parallel=True),
+    "tp2-sp-zero3": Layout(2, 3, tp=2, sequence_parallel=True),
     "tp2-pp2-zero1": Layout(4, 1, tp=2, pp=2),
 }
 
@@ -150,7 +143,7 @@ def test_a_trunk_without_it_is_forked_at_another_layout(
     world_of: World_of, corpus_prefix: Path, tmp_path: Path
 ) -> None:
     """The new weights and their moments are fresh, the others' are the trunk's to the bit."""
-    trunk = LAYOUTS["zero3"]
+    trunk = Layout(2, 3)
     saved: Seen = world_of(2).run(run, trunk.config(WITHOUT), corpus_prefix, tmp_path)[0]
     here = LAYOUTS["tp2-pp2-zero1"]
     state = world_of(4).run(fork, here.config(WAITS), tmp_path, seconds=300)[0]
