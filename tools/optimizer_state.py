@@ -109,27 +109,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="file or folder of text")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a thread each")
+    parser.add_argument("--report", action="store_true", help="only write what is finished")
     parser.add_argument("--work", type=Path, default=Path("runs/optimizer-state"))
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    (args.work / "config.yaml").write_text(CONFIG, encoding="utf-8")
-    corpus = prepare(args.text, args.work / "corpus")
-    progress = Progress(len(SEEDS) * (1 + len(SHAPES) * len(policies())))
-    groups = [[Cell(seed)] + [Cell(seed, SHAPES[0], p) for p in policies()] for seed in SEEDS]
-    groups += [[Cell(seed, s, p) for p in policies()] for s in SHAPES[1:] for seed in SEEDS]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        futures: list[Future[None]] = []
-        for index, group in enumerate(groups):
-            # Those of the first shape have trained the trunks of the others.
-            trunk = futures[index % len(SEEDS)] if index >= len(SEEDS) else None
-            futures.append(pool.submit(train_all, group, corpus, args.work, progress, trunk))
-        for future in futures:
-            future.result()
+    if not args.report:
+        train_cells(args.text, args.work, args.jobs)
     provenance = record_provenance(args.work)
     for path in write_report(args.work, args.out, provenance):
         print(f"wrote {path}")
     return 0
+
+
+def train_cells(text: Path, work: Path, jobs: int) -> None:
+    """Every run that is not finished yet."""
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    corpus = prepare(text, work / "corpus")
+    progress = Progress(len(SEEDS) * (1 + len(SHAPES) * len(policies())))
+    groups = [[Cell(seed)] + [Cell(seed, SHAPES[0], p) for p in policies()] for seed in SEEDS]
+    groups += [[Cell(seed, s, p) for p in policies()] for s in SHAPES[1:] for seed in SEEDS]
+    with ThreadPoolExecutor(jobs) as pool:
+        futures: list[Future[None]] = []
+        for index, group in enumerate(groups):
+            # Those of the first shape have trained the trunks of the others.
+            trunk = futures[index % len(SEEDS)] if index >= len(SEEDS) else None
+            futures.append(pool.submit(train_all, group, corpus, work, progress, trunk))
+        for future in futures:
+            future.result()
 
 
 def prepare(text: Path, directory: Path) -> Path:

@@ -11,6 +11,7 @@ from bitscale.config.amendments import (
 from bitscale.config.checks import check_world_size
 from bitscale.config.derived import (
     has_bias,
+    moments_of,
     num_kv_heads,
     num_pipeline_stages,
     num_steps,
@@ -68,6 +69,7 @@ __all__ = [
     "config_hash",
     "has_bias",
     "load_config",
+    "moments_of",
     "num_kv_heads",
     "num_pipeline_stages",
     "num_steps",

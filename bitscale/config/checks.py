@@ -120,9 +120,10 @@ def _check_engine(cfg: Config) -> None:
 
 # Why an optimizer that DeepSpeed or others offer does not run here (docs/optimizers.md).
 _REFUSED_OPTIMIZERS = {
-    "muon": "orthogonalizes whole matrices, of which ZeRO's and tensor-parallel ranks hold pieces",
-    "adamw8bit": "keeps its moments as codes that share a scale per block, which no policy and no "
-    "checkpoint at another layout can address element by element",
+    "muon": "runs in DeepSpeed on data-parallel ranks only, and keeps its momentum at each stage "
+    "in another place, where neither policies nor checkpoints at another layout reach it",
+    "adamw8bit": "keeps its moments as codes that share a scale per block, which neither policies "
+    "nor checkpoints at another layout can address element by element",
 }
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from bitscale.config.presets import INT8_ROWS, preset, with_bits
-from bitscale.config.schema import Config, ModelConfig, Point, QuantConfig, Span
+from bitscale.config.schema import Config, ModelConfig, OptimConfig, Point, QuantConfig, Span
 from bitscale.config.spec import CodeSpec, Product, QuantSpec
 from bitscale.errors import ConfigError
 
@@ -60,6 +60,11 @@ def residual_steps(cfg: Config) -> int:
     if over is not None:
         return span_steps(over, cfg)
     return 0 if start is None else num_steps(cfg) - 1 - start
+
+
+def moments_of(optim: OptimConfig) -> tuple[str, ...]:
+    """What the optimizer keeps in fp32 for every element of a parameter, beside the master."""
+    return ("exp_avg",) if optim.name == "lion" else ("exp_avg", "exp_avg_sq")
 
 
 def num_kv_heads(cfg: Config) -> int:

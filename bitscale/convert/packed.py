@@ -34,7 +34,7 @@ from bitscale.convert.model_source import (
 from bitscale.convert.staging import new_directory, refuse_existing
 from bitscale.convert.tensor_file import TensorSpec, write_sharded
 from bitscale.errors import CheckpointError
-from bitscale.model.bitlinear import PackedBitLinear, bit_linears
+from bitscale.model.bitlinear import PackedBitLinear, bit_linears, set_strength
 from bitscale.quant.pack import base3_width, pack_2bit, pack_base3, unpack_2bit, unpack_base3
 from bitscale.quant.reference import Ternary
 from bitscale.quant.schedule import TERNARY
@@ -148,6 +148,7 @@ def load_packed(path: Path) -> LoadedModel:
     if m.tie_embeddings:
         others["head.weight"] = others["embed.weight"]
     model.load_state_dict(others, strict=False, assign=True)
+    set_strength(model, TERNARY)  # of an 8-bit head, and of a SubLN that came in with λ
     return LoadedModel(
         model,
         TERNARY,

@@ -50,10 +50,6 @@ class Lion(torch.optim.Optimizer):
         momentum.lerp_(grad, 1.0 - beta2)
 
 
-# What each optimizer keeps for every element of a parameter, besides a step count.
-MOMENTS_OF = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}
-
-
 def make_optimizer(
     optim: OptimConfig, groups: list[dict[str, Any]], *, fused: bool
 ) -> torch.optim.Optimizer:

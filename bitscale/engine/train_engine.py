@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitscale.config import Config, check_world_size
+from bitscale.config import Config, check_world_size, moments_of
 from bitscale.data.batches import EvaluationBatch, MicroBatch
 from bitscale.engine import fragments as fragment_views
 from bitscale.engine.ds_config import deepspeed_config
 from bitscale.engine.fragments import Fragment, is_counted_here
 from bitscale.engine.mpu import ModelParallelUnit
-from bitscale.engine.optimizers import MOMENTS_OF, make_optimizer
+from bitscale.engine.optimizers import make_optimizer
 from bitscale.errors import ConfigError
 from bitscale.mesh import Mesh
 from bitscale.model.bitlinear import bit_linears, forget_weights, prepare_weights, set_kernels
@@ -71,7 +71,7 @@ class TrainEngine:
                 f"DeepSpeed refuses the configuration with engine.deepspeed="
                 f"{cfg.engine.deepspeed}: {reason.split(' For further information')[0]}"
             ) from error
-        moments = MOMENTS_OF[cfg.optim.name]
+        moments = moments_of(cfg.optim)
         fragment_views.create_state(self._wrapper, self._optimizer, self.stage, moments)
 
     def _deepspeed_model(self) -> Any:

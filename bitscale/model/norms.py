@@ -97,7 +97,7 @@ class BlendedNorm:
     λ = 0: it stays at 1 and its moments at 0 until the transition begins.
     """
 
-    strength = 0.0  # λ of the weights, see `set_strength`
+    strength = 1.0  # λ of the weights, see `set_strength`; whoever sets none has a finished model
 
     def blend(self, x: Tensor, weight: Tensor | None, norm: Callable[[Tensor], Tensor]) -> Tensor:
         if self.strength == 0.0:

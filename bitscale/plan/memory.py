@@ -11,6 +11,7 @@ The engine's parts follow DeepSpeed 0.19.8 with our settings (fp32 accumulation 
 
 from dataclasses import dataclass
 
+from bitscale.config import moments_of
 from bitscale.model import cost
 from bitscale.model.cost import Phase
 from bitscale.plan.layout import Layout, Stage, zero_option
@@ -79,6 +80,7 @@ def memory(layout: Layout, stage: Stage, phase: Phase) -> Memory:
     num_elements = held.total - copy  # that this stage's optimizer knows
     share = num_elements / layout.dp
     b, zero = layout.bytes, cfg.engine.zero_stage
+    moment_bytes = 4.0 * len(moments_of(cfg.optim))
     matrices = [m.numel for m in cost.block_matrices(cfg.model, layout.tp)]
     table = held.embedding or held.head
     largest = max(table, *matrices)
@@ -94,7 +96,7 @@ def memory(layout: Layout, stage: Stage, phase: Phase) -> Memory:
         "gradients": float(b * (num_elements if zero < 2 else largest)),
         "fp32 accumulation": 4.0 * copy
         + {0: 0.0, 1: 4.0 * num_elements if b == 2 else 4.0 * share}.get(zero, 4.0 * share),
-        "optimizer": 8.0 * num_elements if zero == 0 else 12.0 * share,
+        "optimizer": moment_bytes * num_elements if zero == 0 else (4.0 + moment_bytes) * share,
         "communication buffers": _buffers(layout, stage, phase, num_elements),
     }
     flat_copy = zero == 0 or (zero == 1 and b == 2)
@@ -129,8 +131,9 @@ def memory(layout: Layout, stage: Stage, phase: Phase) -> Memory:
 
 
 def checkpoint_bytes(layout: Layout) -> int:
-    """Of one checkpoint of ours: fp32 master and two moments of every parameter, once."""
-    return 12 * cost.parameters(layout.cfg.model).total
+    """Of one checkpoint of ours: fp32 master and moments of every parameter, once."""
+    kinds = ("master", *moments_of(layout.cfg.optim))
+    return 4 * len(kinds) * cost.parameters(layout.cfg.model).total
 
 
 def persistent_elements(layout: Layout, stage: Stage) -> int:

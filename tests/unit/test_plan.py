@@ -26,7 +26,7 @@ from bitscale.model.cost import Phase
 from bitscale.model.decoder import Decoder
 from bitscale.plan import DEFAULT_EFFICIENCY, Cluster, find_gpu, make_plan, search, to_tree
 from bitscale.plan.layout import GIB, Layout, make_layout
-from bitscale.plan.memory import memory
+from bitscale.plan.memory import checkpoint_bytes, memory
 from bitscale.plan.speed import bound, phase_steps, run_days, step_flops
 from bitscale.plan.wire import Traffic, traffic
 from bitscale.plan.zero3 import Use, gathered
@@ -296,6 +296,17 @@ def test_pipeline_sends_and_the_tied_embedding(make_config: Callable[..., Config
     held = [memory(layout, stage, "16 bit").parts for stage in layout.stages]
     assert held[0]["weights"] - held[1]["weights"] == -2 * 32
     assert held[0]["optimizer"] - held[1]["optimizer"] == 12 * (96 * 32 - 32) / layout.dp
+
+
+def test_lion_holds_one_moment(make_config: Callable[..., Config]) -> None:
+    for stage, adamw_bytes, lion_bytes in ((0, 8, 4), (2, 12, 8)):
+        keys = ("train.dtype=fp32", f"engine.zero_stage={stage}", "train.micro_batch_size=1")
+        adamw = planned(make_config, *keys)
+        lion = planned(make_config, *keys, "optim.name=lion")
+        theirs, ours = (memory(plan, plan.stages[0], "16 bit").parts for plan in (adamw, lion))
+        assert ours["optimizer"] * adamw_bytes == theirs["optimizer"] * lion_bytes
+        assert {**ours, "optimizer": 0} == {**theirs, "optimizer": 0}
+        assert checkpoint_bytes(lion) * 12 == checkpoint_bytes(adamw) * 8
 
 
 def test_links_within_and_between_nodes(make_config: Callable[..., Config]) -> None:
