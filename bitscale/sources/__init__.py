@@ -9,6 +9,7 @@ from bitscale import checkpoint
 from bitscale.checkpoint.source import StateSource
 from bitscale.config import Config
 from bitscale.sources.foreign import ForeignSource, Tensors
+from bitscale.sources.megatron import is_megatron, open_megatron
 from bitscale.sources.universal import is_universal, open_universal
 from bitscale.sources.zero import is_zero, open_zero
 
@@ -18,6 +19,7 @@ __all__ = ["ForeignSource", "StateSource", "Tensors", "locate", "open_source"]
 _FORMATS = (
     (is_universal, open_universal),
     (is_zero, open_zero),
+    (is_megatron, open_megatron),
 )
 # Files with which a program says where its newest checkpoint is.
 _POINTERS = ("latest", "latest_universal")
@@ -49,4 +51,9 @@ def open_source(path: Path, cfg: Config) -> StateSource:
 
 def _named_by(root: Path) -> list[str]:
     files = (root / pointer for pointer in _POINTERS)
-    return [file.read_text().strip() for file in files if file.is_file()]
+    names = [file.read_text().strip() for file in files if file.is_file()]
+    megatron = root / "latest_checkpointed_iteration.txt"
+    if megatron.is_file():
+        iteration = megatron.read_text().strip()
+        names.append(f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration)
+    return names
