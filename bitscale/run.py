@@ -79,7 +79,7 @@ def check_identity(
     """
     differences = []
     for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) == theirs.get(key):
+        if theirs.get(key) in (ours.get(key), checkpoint.ANY):
             continue
         text = f"{key} is {ours.get(key, 'unset')} here and {theirs.get(key, 'unset')} in {where}"
         if key not in allowed and key.split(".")[0] not in allowed:
@@ -112,7 +112,7 @@ def compare(
         return Comparison(check_identity(ours, theirs, source.path, allowed), [])
     unstated = [key for key in ours if key not in theirs]
     step = source.meta.step
-    ours = {key: value for key, value in ours.items() if key in theirs}
+    ours = {key: ours.get(key, "null") for key in theirs}
     if "data.position" in theirs:
         ours["data.position"] = f"{step * cfg.train.global_batch_size} sequences"
     start = transition_step(cfg)

@@ -50,7 +50,7 @@ from bitscale.recorder import (
     format_duration,
     progress_line,
 )
-from bitscale.sources import ForeignSource, StateSource, open_source
+from bitscale.sources import ForeignSource, StateSource, open_state
 from bitscale.telemetry import TernaryTelemetry
 from bitscale.transition import begin_transition
 
@@ -96,7 +96,7 @@ def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[st
     cfg = run.resolve_vocab(cfg, corpora[0].vocab_size)
     identity = run.identity(cfg, corpora)
     resume_from = run.find_resume(cfg, resume)
-    reader = None if resume_from is None else open_source(resume_from, cfg)
+    reader = None if resume_from is None else open_state(resume_from, cfg)
     comparison = run.Comparison([], [])
     if reader is not None:
         comparison = run.compare(cfg, identity, reader, allow_change)

@@ -20,11 +20,12 @@ from bitscale.checkpoint.directory import (
     resolve,
     rewind,
 )
-from bitscale.checkpoint.format import FORMAT, Meta, read_meta
+from bitscale.checkpoint.format import ANY, FORMAT, Meta, read_meta
 from bitscale.checkpoint.read import Reader
 from bitscale.checkpoint.write import give_ordinary_mode, save
 
 __all__ = [
+    "ANY",
     "FORMAT",
     "Meta",
     "Reader",

@@ -12,6 +12,7 @@ from bitscale.errors import CheckpointError
 
 FORMAT = "bitscale-checkpoint-1"
 KINDS = ("master", *MOMENTS)
+ANY = "any"  # in Meta.identity: what a run that starts from this checkpoint may choose
 
 
 @dataclass(frozen=True)

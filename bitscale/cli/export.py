@@ -3,35 +3,75 @@
 import argparse
 from pathlib import Path
 
+# One line a format; bitscale/convert/formats.py has their writers.
+FORMATS = {
+    "packed": "bitscale's own: codes at 2 bits and one scale a matrix, safetensors (default)",
+    "hf": "Hugging Face directory of the 16- or 32-bit latents, not quantized",
+    "hf-dequantized": "Hugging Face directory of scale x code in 16 or 32 bit: loads anywhere",
+    "hf-bitnet": "Hugging Face directory packed at 2 bits for its bitnet layers (--linear)",
+}
 _EPILOG = """\
+formats:
+{formats}
+
 examples:
   bitscale export runs/quickstart/run packed
-  bitscale export runs/quickstart/run/checkpoints/step-00000200 packed
+  bitscale export runs/quickstart/run/checkpoints/step-00000200 out --format hf-dequantized
+  bitscale export runs/quickstart/run out --format hf-bitnet --linear autobitlinear
+  bitscale export runs/sixteen-bit out --format packed --quantize b158
 """
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    formats = "\n".join(f"  {name:<15} {what}" for name, what in FORMATS.items())
     parser = subparsers.add_parser(
         "export",
-        help="write a ternary checkpoint as packed 2-bit weights",
-        description="Write a ternary checkpoint as packed 2-bit weights (docs/checkpoints.md).",
-        epilog=_EPILOG,
+        help="write a model as packed ternary weights or for other programs",
+        description="Write a model for other programs, with a certificate (docs/conversion.md).",
+        epilog=_EPILOG.format(formats=formats),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="RUN", type=Path, help="run directory or checkpoint")
-    parser.add_argument("out", metavar="OUT", type=Path, help="new directory")
+    parser.add_argument(
+        "source",
+        metavar="MODEL",
+        type=Path,
+        help="run, checkpoint, packed export or Hugging Face directory",
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="new directory or file")
+    parser.add_argument("--format", choices=FORMATS, default="packed", metavar="FORMAT")
+    parser.add_argument(
+        "--linear",
+        choices=("bitlinear", "autobitlinear", "online"),
+        help="hf-bitnet: divide by weight_scale, multiply by it, or quantize latents on the fly",
+    )
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32"), help="hf formats: of what is not packed"
+    )
+    parser.add_argument(
+        "--quantize",
+        metavar="PRESET",
+        help="round a 16-bit model to the nearest codes first, as a baseline (docs/quantizers.md)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    from bitscale.config import quant_config
     from bitscale.convert import open_source
-    from bitscale.convert.packed import export_packed
+    from bitscale.convert.formats import ExportOptions, export
 
     source = open_source(args.source)
-    content = export_packed(source, args.out)
-    size = (args.out / "model.safetensors").stat().st_size
-    print(
-        f"exported {source.path} to {args.out}: {size / 2**20:.2f} MiB, "
-        f"codes sha256 {content['codes_sha256'][:16]}"
-    )
+    quantize = None if args.quantize is None else quant_config(args.quantize)
+    options = ExportOptions(args.dtype, args.linear)
+    content = export(source, args.out, args.format, options, quantize)
+    files = [args.out] if args.out.is_file() else list(args.out.iterdir())
+    mib = sum(file.stat().st_size for file in files) / 2**20
+    digest = content["codes_sha256"]
+    codes = "no codes" if digest is None else f"codes sha256 {digest[:16]}"
+    print(f"exported {source.path} to {args.out} ({args.format}): {mib:.2f} MiB, {codes}")
+    if args.format == "hf" and source.strength.weight:
+        print(
+            f"note: trained at λ = {source.strength.weight:g}, and transformers computes these "
+            "latents in 16 bit; hf-dequantized and hf-bitnet compute the ternary model"
+        )
     return 0

@@ -2,6 +2,7 @@
 
 from bitscale.config.checks import check_world_size
 from bitscale.config.derived import (
+    has_bias,
     num_kv_heads,
     num_steps,
     point_step,
@@ -13,7 +14,14 @@ from bitscale.config.derived import (
     tokens_per_step,
     transition_step,
 )
-from bitscale.config.load import config_hash, load_config, parse_config, to_tree, to_yaml
+from bitscale.config.load import (
+    config_hash,
+    load_config,
+    parse_config,
+    quant_config,
+    to_tree,
+    to_yaml,
+)
 from bitscale.config.schema import (
     Config,
     ModelConfig,
@@ -38,11 +46,13 @@ __all__ = [
     "TransitionConfig",
     "check_world_size",
     "config_hash",
+    "has_bias",
     "load_config",
     "num_kv_heads",
     "num_steps",
     "parse_config",
     "point_step",
+    "quant_config",
     "quant_spec",
     "residual_peak",
     "residual_steps",

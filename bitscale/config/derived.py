@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from bitscale.config.presets import INT8_ROWS, preset, with_bits
-from bitscale.config.schema import Config, Point, QuantConfig, Span
+from bitscale.config.schema import Config, ModelConfig, Point, QuantConfig, Span
 from bitscale.config.spec import CodeSpec, Product, QuantSpec
 from bitscale.errors import ConfigError
 
@@ -64,6 +64,16 @@ def residual_steps(cfg: Config) -> int:
 
 def num_kv_heads(cfg: Config) -> int:
     return cfg.model.num_kv_heads or cfg.model.num_heads
+
+
+def has_bias(m: ModelConfig, layer: str) -> bool:
+    """Whether the linear `layer` of a block (q, k, v, o, gate, up, down) has a bias."""
+    match m.bias:
+        case "qkv":
+            return layer in ("q", "k", "v")
+        case "attention":
+            return layer in ("q", "k", "v", "o")
+    return m.bias
 
 
 def stop_step(cfg: Config) -> int:

@@ -18,7 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from bitscale.config.checks import check
-from bitscale.config.schema import Config
+from bitscale.config.presets import preset as named
+from bitscale.config.schema import Config, QuantConfig
 from bitscale.errors import ConfigError
 
 # Exclusive units of one quantity (schema.Point, schema.Span, and the budget in `train`).
@@ -56,6 +57,12 @@ def parse_config(tree: object, where: str) -> Config:
         raise ConfigError(f"{where}: {_first_line(error)}") from error
     check(cfg)
     return cfg
+
+
+def quant_config(preset: str) -> QuantConfig:
+    """The section `quant: {preset: ...}`. ConfigError for an unknown preset."""
+    named(preset)  # its message lists the presets
+    return QuantConfig.model_validate({"preset": preset})
 
 
 def to_tree(cfg: Config) -> dict[str, Any]:

@@ -84,7 +84,8 @@ class ModelConfig(Section):
     sub_norm: bool = False  # SubLN: a norm before the output and down projections
     qk_norm: bool = False  # RMSNorm of queries and keys, per head
     tie_embeddings: bool = True  # the head shares the embedding
-    bias: bool = False  # in the linear layers of the blocks
+    # in the linear layers of the blocks; attention: in its four only; qkv: in its first three only
+    bias: bool | Literal["attention", "qkv"] = False
     head_bits: Literal[8, 16] = 16  # 8: 8-bit weights and activations, following λ
     init_std: PositiveFloat = 0.02  # std of N(0, std²); / sqrt(2 · layers) in o and down
 

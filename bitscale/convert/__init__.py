@@ -3,14 +3,31 @@
 from pathlib import Path
 
 from bitscale.checkpoint import resolve
+from bitscale.convert.huggingface_in import (
+    ScaleConvention,
+    huggingface_source,
+    is_huggingface,
+)
+from bitscale.convert.llama2c import is_llama2c, llama2c_source
 from bitscale.convert.loaded import LoadedModel, load_checkpoint
 from bitscale.convert.model_source import ModelSource, checkpoint_source
 from bitscale.convert.packed import export_packed, is_packed, load_packed, packed_source
 
 
-def open_source(path: Path) -> ModelSource:
-    """The model that `path` holds, to be written elsewhere; CheckpointError if it holds none."""
-    return packed_source(path) if is_packed(path) else checkpoint_source(resolve(path))
+def open_source(
+    path: Path, *, seq_len: int | None = None, scales: ScaleConvention | None = None
+) -> ModelSource:
+    """The model that `path` holds, to be written elsewhere; CheckpointError if it holds none.
+
+    `seq_len`, `scales`: of `huggingface_source`.
+    """
+    if is_packed(path):
+        return packed_source(path)
+    if is_huggingface(path):
+        return huggingface_source(path, seq_len, scales)
+    if is_llama2c(path):
+        return llama2c_source(path, seq_len)
+    return checkpoint_source(resolve(path))
 
 
 def load_model(path: Path) -> LoadedModel:

@@ -7,10 +7,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from bitscale import __version__
+from bitscale.config import QuantConfig
 from bitscale.convert.model_source import ModelSource
+from bitscale.errors import CheckpointError
 from bitscale.quant.reference import Ternary
 from bitscale.quant.schedule import Strength
 
@@ -51,6 +54,7 @@ def certificate(
         "bitscale": __version__,
         "target": target,
         "source": {"kind": source.kind, "step": source.step, "tokens": source.tokens},
+        "trained_at": source.strength._asdict(),
         "computes": computes._asdict(),
         "codes_sha256": digest,
         "post_training_quantization": source.post_training,
@@ -67,6 +71,24 @@ def certificate(
         "versions": dict(source.versions),
         **details,
     }
+
+
+def read_certificate(directory: Path) -> dict[str, Any] | None:
+    """The certificate beside an export; None if there is none. CheckpointError if it is damaged."""
+    file = directory / CERTIFICATE_NAME
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        if content.get("format") != FORMAT:
+            raise ValueError(f"format {content.get('format')!r}, this version reads {FORMAT!r}")
+        QuantConfig.model_validate_json(json.dumps(content["quant"]))
+        Strength(**content["trained_at"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file}: damaged ({' '.join(str(error).split())[:120]}); remove it to go without"
+        ) from error
+    return dict(content)
 
 
 def to_json(content: dict[str, Any]) -> str:

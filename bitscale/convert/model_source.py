@@ -15,13 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bitscale.checkpoint import Reader
+from bitscale.checkpoint import ANY, Reader
 from bitscale.config import Config, ModelConfig, QuantConfig, parse_config, quant_spec
-from bitscale.config.spec import QuantSpec
+from bitscale.config.spec import CodeSpec, QuantSpec
 from bitscale.convert.loaded import DTYPES, decoder_on_meta
 from bitscale.data.corpus import load_corpus
 from bitscale.errors import CheckpointError, DataError
 from bitscale.model.bitlinear import bit_linears
+from bitscale.quant.learned import initial_scale
+from bitscale.quant.quantizer import Codes, dequantize
 from bitscale.quant.reference import Ternary, finished_bias, ternarize
 from bitscale.quant.schedule import TERNARY, Strength, quant_strength
 
@@ -34,6 +36,7 @@ class ModelSource:
 
     path: Path
     kind: Literal["checkpoint", "packed", "huggingface", "llama2c"]
+    form: str  # what its weights are, for people: latent, dequantized, packed 2-bit, ...
     model: ModelConfig  # vocab_size is set
     quant: QuantConfig
     dtype: Literal["bf16", "fp32"]  # in which the run computed: codes are made from it
@@ -46,6 +49,7 @@ class ModelSource:
     config_hash: str
     tokenizer_sha256: str  # fingerprint: SHA-256 of the tokenizer's file
     tokenizer_file: Path | None  # None: not to be found any more
+    eod_token: str | None  # name of the token between documents; None: as the file declares
     versions: Mapping[str, str]
     recipe: Mapping[str, Any]  # the sections of the configuration that made it; {} if unknown
     shapes: Mapping[str, tuple[int, ...]]  # of every parameter
@@ -56,6 +60,9 @@ class ModelSource:
     read_codes: Callable[[str], Ternary] | None = None
     # Whether biases are stored with what the quantizer adds to them (quant.deadzone_bias).
     biases_finished: bool = False
+    # λ at which the decoder is what a reader of this form computes; None: as trained.
+    read_as: Strength | None = None
+    scale_rounding: float = 2.0**-22  # largest relative error of a scale as it is stored
     post_training: bool = False  # quantized here, not in training: see `rounded_to_nearest`
 
     @property
@@ -66,6 +73,15 @@ class ModelSource:
     def is_ternary(self) -> bool:
         """Whether codes are what the model computes with: λ = 1, and no residual."""
         return self.strength.weight == 1.0 and not self.strength.residual
+
+    @property
+    def computes(self) -> Strength:
+        """λ at which the decoder is the function that a reader of this form computes."""
+        return self.strength if self.read_as is None else self.read_as
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(prod(shape) for shape in self.shapes.values())
 
     @property
     def has_latents(self) -> bool:
@@ -79,7 +95,13 @@ class ModelSource:
                 "made of; use the training checkpoint, or a format that holds codes"
             )
         assert self.read is not None
-        return self.read(name)
+        value = self.read(name)
+        if not value.isfinite().all():
+            raise CheckpointError(
+                f"{self.path}: {name} holds NaN or infinity; use an earlier checkpoint, or a "
+                "source that is whole"
+            )
+        return value
 
     def weight(self, name: str) -> Tensor:
         """[logical shape] in the dtype that the run computed with."""
@@ -110,7 +132,16 @@ class ModelSource:
     def _alpha(self, name: str) -> Tensor | None:
         if not self.spec.learns_scale:
             return None
-        return self.weight(f"{name.removesuffix('.weight')}.alpha")
+        alpha = f"{name.removesuffix('.weight')}.alpha"
+        if alpha not in self.shapes:  # not trained: `rounded_to_nearest`
+            return initial_scale(self.weight(name))
+        return self.weight(alpha)
+
+
+def dequantized(ternary: Ternary) -> Tensor:
+    """fp32 [F, D]: scale · codes, whatever the granularity."""
+    # `ModelSource.ternary` gives the factor of the codes, whatever form the quantizer's scale has.
+    return dequantize(Codes(*ternary), CodeSpec("absmean", scale_form="divide"))
 
 
 def refuse_unless_ternary(source: ModelSource) -> None:
@@ -135,9 +166,11 @@ def checkpoint_source(path: Path) -> ModelSource:
     # The step that was trained last; ε follows from it, as λ does, which the checkpoint repeats.
     residual = quant_strength(max(meta.step - 1, 0), cfg).residual
     shapes = {name: tuple(shape) for name, shape in meta.shapes.items()}
+    tokenizer_file, eod_token = _tokenizer(cfg, path)
     return ModelSource(
         path=path,
         kind="checkpoint",
+        form="fp32 masters",
         model=cfg.model,
         quant=cfg.quant,
         dtype=cfg.train.dtype,
@@ -148,8 +181,9 @@ def checkpoint_source(path: Path) -> ModelSource:
         reset_attention=cfg.data.reset_attention,
         corpora=tuple(corpus.path for corpus in cfg.data.corpora),
         config_hash=meta.config_hash,
-        tokenizer_sha256=meta.identity["tokenizer"],
-        tokenizer_file=_tokenizer_file(cfg, path),
+        tokenizer_sha256=meta.identity["tokenizer"].replace(ANY, ""),
+        tokenizer_file=tokenizer_file,
+        eod_token=eod_token,
         versions=meta.versions,
         recipe={key: value for key, value in meta.config.items() if key in _RECIPE},
         shapes=shapes,
@@ -180,12 +214,20 @@ def _read_master(reader: Reader, shapes: Mapping[str, tuple[int, ...]], name: st
     return master
 
 
-def _tokenizer_file(cfg: Config, checkpoint: Path) -> Path | None:
-    """The corpus's, unless it has moved since the run; an imported checkpoint holds its own."""
-    for name in TOKENIZER_FILES:
-        if (checkpoint / name).is_file():
-            return checkpoint / name
+def _tokenizer(cfg: Config, checkpoint: Path) -> tuple[Path | None, str | None]:
+    """File and end-of-document token: the corpus's, unless it has moved since the run; an
+    imported checkpoint holds its own."""
+    own = tokenizer_in(checkpoint)
+    if own is not None:
+        return own, None
     try:
-        return load_corpus(cfg.data.corpora[0].path).tokenizer_path
+        corpus = load_corpus(cfg.data.corpora[0].path)
     except DataError:
-        return None
+        return None, None
+    return corpus.tokenizer_path, corpus.manifest.tokenizer.eod_token
+
+
+def tokenizer_in(directory: Path) -> Path | None:
+    """The tokenizer's file in a model's directory."""
+    found = (directory / name for name in TOKENIZER_FILES)
+    return next((file for file in found if file.is_file()), None)

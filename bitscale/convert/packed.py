@@ -11,6 +11,7 @@ that the run computed with, and dequantized once, never re-quantized.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,6 @@ from bitscale.convert.model_source import (
 )
 from bitscale.convert.staging import new_directory, refuse_existing
 from bitscale.convert.tensor_file import TensorSpec, write_sharded
-from bitscale.convert.tokenizer_files import copy_tokenizer
 from bitscale.errors import CheckpointError
 from bitscale.model.bitlinear import PackedBitLinear, bit_linears
 from bitscale.quant.pack import pack_2bit, unpack_2bit
@@ -50,11 +50,11 @@ def export_packed(source: ModelSource, out: Path) -> dict[str, Any]:
     refuse_unless_ternary(source)
     refuse_existing(out)
     refuse_unpackable(source.quant)
-    _refuse_rows(source)
+    refuse_rows(source)
     digest = codes_digest(source.ternary_names, source.ternary)
     with new_directory(out) as staging:
         write_sharded(staging, _specs(source), _tensors(source), max_shard_bytes=2**63)
-        tokenizer = copy_tokenizer(source, staging)
+        tokenizer = _copy_tokenizer(source, staging)
         description = _describe(source, digest) | {"tokenizer_file": tokenizer}
         (staging / "config.json").write_text(to_json(description))
         content = certificate(source, "packed", computes=TERNARY, digest=digest)
@@ -94,6 +94,7 @@ def packed_source(path: Path) -> ModelSource:
         source = ModelSource(
             path=path,
             kind="packed",
+            form="2-bit codes",
             model=m,
             quant=quant,
             dtype=description["dtype"],
@@ -106,6 +107,7 @@ def packed_source(path: Path) -> ModelSource:
             config_hash=description["config_hash"],
             tokenizer_sha256=description["tokenizer_sha256"],
             tokenizer_file=_tokenizer_file(path, description),
+            eod_token=description.get("eod_token"),
             versions=description["versions"],
             recipe=_recipe(path),
             shapes=shapes,
@@ -211,7 +213,8 @@ def refuse_unpackable(quant: QuantConfig) -> None:
             )
 
 
-def _refuse_rows(source: ModelSource) -> None:
+def refuse_rows(source: ModelSource) -> None:
+    """Raise CheckpointError if a matrix does not fit into four rows a byte."""
     for name in source.ternary_names:
         if source.shapes[name][0] % 4:
             raise CheckpointError(
@@ -266,5 +269,14 @@ def _describe(source: ModelSource, digest: str) -> dict[str, Any]:
         "corpora": list(source.corpora),
         "config_hash": source.config_hash,
         "tokenizer_sha256": source.tokenizer_sha256,
+        "eod_token": source.eod_token,
         "versions": dict(source.versions),
     }
+
+
+def _copy_tokenizer(source: ModelSource, out: Path) -> str | None:
+    """Name of the copied file; None if the corpus has moved since the run."""
+    if source.tokenizer_file is None or not source.tokenizer_file.is_file():
+        return None
+    shutil.copyfile(source.tokenizer_file, out / source.tokenizer_file.name)
+    return source.tokenizer_file.name

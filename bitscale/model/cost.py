@@ -11,7 +11,7 @@ its key/value heads, f of its part of the feed-forward; b bytes of an activation
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from bitscale.config import ModelConfig
+from bitscale.config import ModelConfig, has_bias
 from bitscale.config.spec import QuantSpec, kernel_measure
 
 # λ = 0; 0 < λ < 1; λ = 1.
@@ -141,7 +141,7 @@ def block_vectors(m: ModelConfig, tp: int = 1) -> tuple[int, ...]:
     norms = (s.d, s.d) if m.norm_affine else ()
     qk_norms = (head_width, head_width) if m.qk_norm else ()
     sub_norms = (s.q, s.f) if m.sub_norm else ()
-    biases = tuple(matrix.rows for matrix in block_matrices(m, tp)) if m.bias else ()
+    biases = tuple(part.rows for part in block_matrices(m, tp) if has_bias(m, part.name))
     return (*norms, *qk_norms, *sub_norms, *biases)
 
 

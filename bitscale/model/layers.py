@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitscale.config import ModelConfig, QuantConfig, RopeScaling
+from bitscale.config import ModelConfig, QuantConfig, RopeScaling, has_bias
 from bitscale.mesh import Mesh
 from bitscale.model.bitlinear import BitLinear, QuantizedInput, shared_input
 from bitscale.model.collectives import ONE_RANK, TensorGroup
@@ -110,10 +110,10 @@ class Attention(nn.Module):
         self.head_width = m.d_model // m.num_heads
         self.sequence_first = tp.sequence_parallel
         kv_width, replicas = kv_heads * self.head_width, ranks.kv_replicas
-        self.q = column_linear(m.d_model, m.d_model, quant, tp, m.bias)
-        self.k = column_linear(m.d_model, kv_width, quant, tp, m.bias, replicas)
-        self.v = column_linear(m.d_model, kv_width, quant, tp, m.bias, replicas)
-        self.o = row_linear(m.d_model, m.d_model, quant, tp, m.bias)
+        self.q = column_linear(m.d_model, m.d_model, quant, tp, has_bias(m, "q"))
+        self.k = column_linear(m.d_model, kv_width, quant, tp, has_bias(m, "k"), replicas)
+        self.v = column_linear(m.d_model, kv_width, quant, tp, has_bias(m, "v"), replicas)
+        self.o = row_linear(m.d_model, m.d_model, quant, tp, has_bias(m, "o"))
         # Each rank norms its own heads.
         self.q_norm = RMSNorm(self.head_width, m.norm_eps, tp=tp) if m.qk_norm else None
         self.k_norm = RMSNorm(self.head_width, m.norm_eps, tp=tp) if m.qk_norm else None
@@ -161,9 +161,10 @@ class MLP(nn.Module):
         super().__init__()
         self.kind = m.mlp
         gated = m.mlp != "relu2"
-        self.gate = column_linear(m.d_model, m.d_ff, quant, tp, m.bias) if gated else None
-        self.up = column_linear(m.d_model, m.d_ff, quant, tp, m.bias)
-        self.down = row_linear(m.d_ff, m.d_model, quant, tp, m.bias)
+        bias = has_bias(m, "up")
+        self.gate = column_linear(m.d_model, m.d_ff, quant, tp, bias) if gated else None
+        self.up = column_linear(m.d_model, m.d_ff, quant, tp, bias)
+        self.down = row_linear(m.d_ff, m.d_model, quant, tp, has_bias(m, "down"))
         self.sub_norm = make_sub_norm(m.d_ff, m.norm_eps, tp) if m.sub_norm else None
 
     def readers(self) -> tuple[nn.Module, ...]:

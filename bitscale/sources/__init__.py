@@ -1,6 +1,6 @@
 """Resuming from elsewhere: other programs' checkpoints as a `StateSource`.
 
-`locate` says what a path means, `open_source` opens it. Formats and limits: docs/checkpoints.md.
+`locate` says what a path means, `open_state` opens it. Formats and limits: docs/checkpoints.md.
 """
 
 from pathlib import Path
@@ -9,17 +9,19 @@ from bitscale import checkpoint
 from bitscale.checkpoint.source import StateSource
 from bitscale.config import Config
 from bitscale.sources.foreign import ForeignSource, Tensors
+from bitscale.sources.huggingface import is_huggingface, open_huggingface
 from bitscale.sources.megatron import is_megatron, open_megatron
 from bitscale.sources.universal import is_universal, open_universal
 from bitscale.sources.zero import is_zero, open_zero
 
-__all__ = ["ForeignSource", "StateSource", "Tensors", "locate", "open_source"]
+__all__ = ["ForeignSource", "StateSource", "Tensors", "locate", "open_state"]
 
 # Asked in this order: is it this format, and its reader.
 _FORMATS = (
     (is_universal, open_universal),
     (is_zero, open_zero),
     (is_megatron, open_megatron),
+    (is_huggingface, open_huggingface),
 )
 # Files with which a program says where its newest checkpoint is.
 _POINTERS = ("latest", "latest_universal")
@@ -37,7 +39,7 @@ def locate(path: Path) -> Path:
     return checkpoint.resolve(path)
 
 
-def open_source(path: Path, cfg: Config) -> StateSource:
+def open_state(path: Path, cfg: Config) -> StateSource:
     """The state at `path`, a result of `locate`, by the names of `cfg`'s model.
 
     `cfg.model.vocab_size` is set. Raises CheckpointError for a damaged checkpoint, for one of

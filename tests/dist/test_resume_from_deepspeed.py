@@ -29,7 +29,7 @@ from bitscale.engine.fragments import fragments
 from bitscale.engine.train_engine import _import_deepspeed
 from bitscale.mesh import Mesh
 from bitscale.model.decoder import Decoder
-from bitscale.sources import ForeignSource, locate, open_source
+from bitscale.sources import ForeignSource, locate, open_state
 
 pytestmark = pytest.mark.dist
 
@@ -179,7 +179,7 @@ def state_of(engine: Any, adam: torch.optim.AdamW, stage: int, mesh: Mesh) -> di
 def resume(mesh: Mesh, path: Path, case: Case, saved: Saved, corpus: Path) -> float:
     """Restore `path` into bitscale's engine; how far the first loss is off the plain run's."""
     cfg = config_of(case)
-    source = open_source(locate(path), cfg)
+    source = open_state(locate(path), cfg)
     assert isinstance(source, ForeignSource) and source.has_optimizer_state
     assert source.meta.step == STEPS
     assert source.meta.identity == {

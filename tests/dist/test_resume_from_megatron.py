@@ -35,7 +35,7 @@ from world import World
 from bitscale.config import Config
 from bitscale.data.batches import MicroBatch
 from bitscale.mesh import Mesh
-from bitscale.sources import ForeignSource, locate, open_source
+from bitscale.sources import ForeignSource, locate, open_state
 
 pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -291,7 +291,7 @@ def untied_decoder() -> Any:
 def resume(mesh: Mesh, folder: Path, case: Case, ranks: list[Saved]) -> float:
     """How far bitscale's first loss is off megatron-core's next one."""
     cfg = config_of(case)
-    source = open_source(locate(folder), cfg)
+    source = open_state(locate(folder), cfg)
     assert isinstance(source, ForeignSource) and source.has_optimizer_state
     assert source.meta.step == STEPS and set(source.meta.adam_steps.values()) == {STEPS}
     stated = source.meta.identity

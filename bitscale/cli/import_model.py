@@ -1,0 +1,58 @@
+"""`bitscale import`."""
+
+import argparse
+from pathlib import Path
+
+_EPILOG = """\
+examples:
+  bitscale import Llama-3.2-1B checkpoint
+  bitscale train run.yaml run.dir=runs/ternary --resume checkpoint
+  bitscale import bitnet-b1.58-2B-4T checkpoint --config run.yaml
+  bitscale import stories15M.bin checkpoint
+"""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "import",
+        help="make a checkpoint to train on from a published model",
+        description="Make a checkpoint (fp32 masters, new moments, step 0) from a Hugging Face "
+        "directory (Llama, Mistral, Qwen2, Qwen3, OLMo, BitNet), a packed export, or "
+        "llama2.c's .bin (docs/conversion.md).",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="MODEL", type=Path, help="directory or .bin file")
+    parser.add_argument("out", metavar="OUT", type=Path, help="new directory, the checkpoint")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="of the run that will go on from it"
+    )
+    parser.add_argument(
+        "--seq-len", type=int, metavar="N", help="tokens of a sequence (default: the model's)"
+    )
+    parser.add_argument(
+        "--scales",
+        choices=("divide", "multiply"),
+        help="how packed codes use weight_scale (default: as the model's linear_class says)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of --config")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from bitscale.config import load_config
+    from bitscale.convert import open_source
+    from bitscale.convert.to_checkpoint import write_checkpoint
+    from bitscale.run import versions
+
+    cfg = None if args.config is None else load_config(args.config, args.overrides)
+    seq_len = args.seq_len or (None if cfg is None else cfg.data.seq_len)
+    source = open_source(args.source, seq_len=seq_len, scales=args.scales)
+    write_checkpoint(source, args.out, versions(), cfg)
+    m = source.model
+    print(
+        f"imported {args.source} to {args.out}: {source.form}, {m.num_layers} layers of "
+        f"{m.d_model}, {source.num_parameters / 1e6:.1f} M parameters; "
+        f"train with --resume {args.out}"
+    )
+    return 0
