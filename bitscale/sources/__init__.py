@@ -21,7 +21,6 @@ _FORMATS = (
     (is_universal, open_universal),
     (is_zero, open_zero),
     (is_megatron, open_megatron),
-    (is_huggingface, open_huggingface),
 )
 # Files with which a program says where its newest checkpoint is.
 _POINTERS = ("latest", "latest_universal")
@@ -34,7 +33,7 @@ def locate(path: Path) -> Path:
     """
     candidates = [path, *(path / name for name in _named_by(path))]
     for candidate in candidates:
-        if any(is_format(candidate) for is_format, _ in _FORMATS):
+        if is_huggingface(candidate) or any(is_format(candidate) for is_format, _ in _FORMATS):
             return candidate
     return checkpoint.resolve(path)
 
@@ -48,6 +47,8 @@ def open_state(path: Path, cfg: Config) -> StateSource:
     for is_format, reader in _FORMATS:
         if is_format(path):
             return ForeignSource(reader(path), cfg)
+    if is_huggingface(path):
+        return ForeignSource(open_huggingface(path, cfg.data.seq_len), cfg)
     return checkpoint.Reader(path)
 
 

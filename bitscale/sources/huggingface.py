@@ -26,12 +26,12 @@ _STATED = (
 )
 
 
-def open_huggingface(path: Path) -> Tensors:
-    """The weights in such a directory, one tensor in memory at a time.
+def open_huggingface(path: Path, seq_len: int) -> Tensors:
+    """The weights in such a directory, for sequences of `seq_len`; one tensor in memory at a time.
 
     Raises CheckpointError for what our decoder cannot compute, and for packed codes.
     """
-    source = huggingface_source(path)
+    source = huggingface_source(path, seq_len)
     if not source.has_latents:
         raise CheckpointError(
             f"{path}: {source.form}, of which the 16-bit weights are not known; make a checkpoint "
