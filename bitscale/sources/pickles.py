@@ -75,7 +75,8 @@ def load_tensors(file: Path | BinaryIO, where: Path, harmless: Collection[str] =
                 file, map_location="cpu", weights_only=True, mmap=isinstance(file, Path) or None
             )
     except UnpicklingError as error:
-        reason = " ".join(str(error).split()).split(". ")[0]
+        # torch.load wraps the reason into advice on how to run the code after all.
+        reason = " ".join(str(error.__context__ or error).split())
         raise CheckpointError(
             f"{where}: refused, its pickle holds more than tensors ({reason[:200]}); "
             "use a checkpoint of plain tensors"
