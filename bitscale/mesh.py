@@ -81,11 +81,15 @@ class Mesh:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""
+        return bool(self.max(int(flag)))
+
+    def max(self, value: int) -> int:
+        """The largest of every rank's `value`."""
         if self.world_size == 1:
-            return flag
-        vote = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-        return bool(vote.item())
+            return value
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest.item())
 
     def gather_objects(self, item: T) -> list[T]:
         """Every rank's `item`, in rank order (small objects of this launch only)."""
@@ -106,6 +110,11 @@ def world_size_from_environment() -> int:
     return _environment_int("WORLD_SIZE", 1)
 
 
+def rank_from_environment() -> int:
+    """This process's rank among them (0 without a launcher)."""
+    return _environment_int("RANK", 0)
+
+
 def under_launcher() -> bool:
     """Whether torchrun, deepspeed or another launcher started this process."""
     return "RANK" in os.environ
@@ -122,7 +131,7 @@ def init_mesh(device: str, num_threads: int = 0) -> Mesh:
     Raises:
         KernelUnavailable: CUDA was asked for and is not there.
     """
-    rank, world_size = _environment_int("RANK", 0), world_size_from_environment()
+    rank, world_size = rank_from_environment(), world_size_from_environment()
     local_rank = _environment_int("LOCAL_RANK", 0)
     # torchrun and deepspeed disagree on the name.
     local_world_size = _environment_int("LOCAL_WORLD_SIZE", _environment_int("LOCAL_SIZE", 1))

@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,7 +149,8 @@ class Recorder:
         """Put every line on disk (fsync)."""
         if not self._enabled:
             return
-        os.fsync(self._file.fileno())
+        with self._explained():
+            os.fsync(self._file.fileno())
         if self._tensorboard is not None:
             self._tensorboard.flush()
 
@@ -164,8 +166,20 @@ class Recorder:
 
     def _write(self, lines: Sequence[Mapping[str, object]]) -> None:
         # json writes floats with repr, and NaN or Infinity as such: both read back unchanged.
-        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
-        self._file.flush()
+        with self._explained():
+            self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+            self._file.flush()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """A full disk, mostly; the half line it may leave is dropped on resumption."""
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{self._file.name}: cannot be written ({error.strerror}); make room or mend the "
+                "file system, then continue with --resume auto"
+            ) from error
 
     def _scalars(self, prefix: str, step: int, values: Mapping[str, float | None]) -> None:
         if self._tensorboard is None:

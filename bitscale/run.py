@@ -11,6 +11,7 @@ from bitscale import __version__, checkpoint
 from bitscale.config import Config, to_tree, to_yaml, transition_step
 from bitscale.data.corpus import PreparedCorpus, load_corpus
 from bitscale.errors import CheckpointError, ConfigError, DataError
+from bitscale.mesh import Mesh
 from bitscale.recorder import METRICS_NAME, read_lines
 from bitscale.sources import ForeignSource, StateSource, locate
 
@@ -107,9 +108,12 @@ def compare(
 
     Raises CheckpointError for a difference that is not in `allowed`.
     """
-    theirs = source.meta.identity
     if not isinstance(source, ForeignSource):
-        return Comparison(check_identity(ours, theirs, source.path, allowed), [])
+        theirs = identity_for(cfg, source.meta)
+        differences = check_identity(ours, theirs, source.path, allowed)
+        differences += check_optimizer(cfg, source.meta, source.path, allowed)
+        return Comparison(differences, [])
+    theirs = source.meta.identity
     unstated = [key for key in ours if key not in theirs]
     step = source.meta.step
     ours = {key: ours.get(key, "null") for key in theirs}
@@ -121,7 +125,10 @@ def compare(
         # the optimizer's state never act.
         ours["transition.at"] = f"step {start}"
         theirs = dict(theirs) | {"transition.at": f"step {step} or later"}
-    return Comparison(check_identity(ours, theirs, source.path, allowed), unstated)
+    differences = check_identity(ours, theirs, source.path, allowed)
+    if source.has_optimizer_state:
+        differences += check_optimizer(cfg, source.meta, source.path, allowed)
+    return Comparison(differences, unstated)
 
 
 def sections(keys: Collection[str], all_keys: Collection[str]) -> list[str]:
@@ -132,6 +139,45 @@ def sections(keys: Collection[str], all_keys: Collection[str]) -> list[str]:
         whole = {other for other in all_keys if other.split(".")[0] == section}
         shown.append(f"{section}.*" if len(whole) > 1 and whole <= set(keys) else key)
     return list(dict.fromkeys(shown))
+
+
+def identity_for(cfg: Config, meta: checkpoint.Meta) -> dict[str, str]:
+    """The checkpoint's identity as a run of `cfg` compares it: a SubLN that has yet to begin to act
+    makes no other model of a trunk without one."""
+    if not sub_norms_wait(cfg, meta):
+        return meta.identity
+    return meta.identity | {"model.sub_norm": json.dumps(cfg.model.sub_norm)}
+
+
+def sub_norms_wait(cfg: Config, meta: checkpoint.Meta) -> bool:
+    """Whether one side has SubLN from the transition on, the other none, and neither has come so
+    far: the weights are then new, and either side may lack them."""
+    start = transition_step(cfg)
+    theirs = meta.config.get("model", {}).get("sub_norm", False)
+    sides = {str(cfg.model.sub_norm), str(theirs)}
+    before = meta.lambda_weight == 0.0 and (start is None or meta.step <= start)
+    return sides == {"False", "transition"} and before
+
+
+def check_optimizer(
+    cfg: Config, meta: checkpoint.Meta, where: Path, allowed: Collection[str]
+) -> list[str]:
+    """Descriptions of an allowed change of optimizer, with which the moments start afresh.
+
+    Raises CheckpointError for another optimizer than the checkpoint's, naming both. At the very
+    step of the transition a `reset` discards the moments anyway, and so allows it.
+    """
+    theirs = meta.config.get("optim", {}).get("name", "adamw")  # before there was a choice
+    if theirs == cfg.optim.name:
+        return []
+    text = f'optim.name is "{cfg.optim.name}" here and "{theirs}" in {where}'
+    resets = meta.step == transition_step(cfg) and cfg.transition.optimizer_state == "reset"
+    if not resets and not {"optim.name", "optim"} & set(allowed):
+        raise CheckpointError(
+            f"{text}, whose moments mean something else; use the checkpoint's, or pass "
+            "--allow-change optim.name to go on with fresh moments"
+        )
+    return [f"{text}: its moments are left behind"]
 
 
 def find_resume(cfg: Config, resume: str | None) -> Path | None:
@@ -156,6 +202,21 @@ def find_resume(cfg: Config, resume: str | None) -> Path | None:
             "choose another run.dir"
         )
     return chosen
+
+
+def check_same_checkpoint(mesh: Mesh, path: Path | None) -> None:
+    """That every rank resumes from the same one (a collective).
+
+    On a network file system a rank may still see an older `latest`, or none.
+    """
+    seen = mesh.gather_objects("none" if path is None else path.name)
+    for rank, name in enumerate(seen):
+        if name != seen[0]:
+            raise CheckpointError(
+                f"rank {rank} would resume from {name} and rank 0 from {seen[0]}: the file system "
+                "does not show every host the same yet; start again, or name the checkpoint with "
+                "--resume PATH"
+            )
 
 
 def _trunk(metrics: Path) -> Path | None:

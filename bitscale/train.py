@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from bitscale import checkpoint, run
+from bitscale import checkpoint, run, run_lock
 from bitscale.config import (
     Config,
+    ScaledMoments,
     check_world_size,
     config_hash,
     num_kv_heads,
@@ -26,17 +27,19 @@ from bitscale.config import (
 from bitscale.data.batches import Batches
 from bitscale.data.corpus import PreparedCorpus
 from bitscale.engine import StepResult, TrainEngine, make_engine
-from bitscale.errors import NonFiniteLoss
+from bitscale.errors import CheckpointError, NonFiniteLoss
 from bitscale.evaluate import EvalResult, evaluate
 from bitscale.mesh import (
     Mesh,
     close_mesh,
     init_mesh,
+    rank_from_environment,
     share_model,
     under_launcher,
     world_size_from_environment,
 )
 from bitscale.model.bitlinear import bit_linears, is_scale, set_strength
+from bitscale.model.norms import is_sub_norm
 from bitscale.model.stages import make_model
 from bitscale.optim import learning_rate, weight_decay
 from bitscale.preemption import StopRequest
@@ -72,6 +75,7 @@ class _Session:
     engine: TrainEngine
     batches: Batches
     recorder: Recorder
+    saver: checkpoint.Saver
     telemetry: TernaryTelemetry | None
     identity: dict[str, str]
 
@@ -94,21 +98,36 @@ def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[st
     check_world_size(cfg, world_size_from_environment())
     corpora = run.load_corpora(cfg)
     cfg = run.resolve_vocab(cfg, corpora[0].vocab_size)
+    with run_lock.hold(Path(cfg.run.dir), enabled=rank_from_environment() == 0):
+        return _train(cfg, corpora, resume, allow_change)
+
+
+def _train(
+    cfg: Config, corpora: list[PreparedCorpus], resume: str | None, allow_change: Collection[str]
+) -> Outcome:
     identity = run.identity(cfg, corpora)
     resume_from = run.find_resume(cfg, resume)
-    reader = None if resume_from is None else open_state(resume_from, cfg)
+    reader = None
     comparison = run.Comparison([], [])
-    if reader is not None:
+    if resume_from is not None:
+        # Each rank verifies its share of the files.
+        ranks = (rank_from_environment(), world_size_from_environment())
+        reader = open_state(resume_from, cfg, verify=ranks)
         comparison = run.compare(cfg, identity, reader, allow_change)
 
     mesh = init_mesh(cfg.engine.device, cfg.engine.num_threads)
     mesh = share_model(mesh, cfg.parallel.tp, num_kv_heads(cfg), cfg.parallel.pp)
     try:
+        run.check_same_checkpoint(mesh, resume_from)
         session = _set_up(cfg, mesh, corpora, identity, reader)
         _announce(session, reader, comparison)
         start = 0 if reader is None else reader.meta.step
         with StopRequest(repeats_kill=not under_launcher()) as stop_request:
-            outcome = _loop(session, start, stop_request)
+            try:
+                outcome = _loop(session, start, stop_request)
+            except NonFiniteLoss:  # on every rank; what is being saved is from before
+                _record(session, session.saver.finish())
+                raise
         session.recorder.close()
         return outcome
     finally:
@@ -136,6 +155,7 @@ def _loop(session: _Session, start: int, stop_request: StopRequest) -> Outcome:
         monitor.add(done, result, lr, decay, strength)
 
         stopping = mesh.any(stop_request.received)
+        _record(session, session.saver.poll())
         if _due(done, cfg.log.every) or done == last or stopping:
             monitor.report()
         if session.telemetry is not None and _due(done, cfg.log.telemetry_every):
@@ -144,7 +164,7 @@ def _loop(session: _Session, start: int, stop_request: StopRequest) -> Outcome:
             valid = _evaluate(session, done)
         if _due(done, cfg.checkpoint.every) or done == last or stopping:
             monitor.report()  # a checkpoint never outlives an unseen NaN
-            _save(session, done, strength)
+            _save(session, done, strength, wait=done == last or stopping)
         if stopping and done < last:
             session.recorder.event(done, session.batches.tokens_seen(done), "preempted")
             session.say(
@@ -196,20 +216,30 @@ def _set_up(
         num_steps=num_steps(cfg),
         tensorboard=cfg.log.tensorboard,
     )
+    saver = checkpoint.Saver(
+        run.checkpoints_dir(cfg),
+        mesh,
+        keep_last=cfg.checkpoint.keep_last,
+        keep_every=cfg.checkpoint.keep_every,
+    )
     if telemetry is not None and reader is not None:
         # Flips count from the checkpoint.
         telemetry.read(engine.gathered, compute=mesh.speaks_for_stage)
-    return _Session(cfg, mesh, corpora, engine, batches, recorder, telemetry, identity)
+    return _Session(cfg, mesh, corpora, engine, batches, recorder, saver, telemetry, identity)
 
 
 def _restore(engine: TrainEngine, mesh: Mesh, reader: StateSource) -> None:
     shapes = engine.parameter_shapes()
     # The transition sets learned scales: a trunk of before, of any quantizer, need not have them.
     start = transition_step(engine.cfg)
-    scales: Collection[str] = ()
+    names = shapes.keys() | reader.meta.shapes.keys()
+    optional: set[str] = set()
     if start is None or reader.meta.step <= start:
-        scales = {name for name in shapes.keys() | reader.meta.shapes if is_scale(name)}
-    reader.restore(engine.fragments(), shapes, optional=scales)
+        optional |= {name for name in names if is_scale(name)}
+    if run.sub_norms_wait(engine.cfg, reader.meta):
+        optional |= {name for name in names if is_sub_norm(name)}
+    same_optimizer = not run.check_optimizer(engine.cfg, reader.meta, reader.path, {"optim.name"})
+    reader.restore(engine.fragments(), shapes, optional=optional, moments=same_optimizer)
     engine.publish_masters()
     rng_state = reader.rng_state(mesh.rank)
     if rng_state is not None:
@@ -218,12 +248,17 @@ def _restore(engine: TrainEngine, mesh: Mesh, reader: StateSource) -> None:
 
 def _rewind(cfg: Config, reader: StateSource | None) -> None:
     root = run.checkpoints_dir(cfg)
-    if reader is None or reader.path.resolve().parent != root.resolve():
+    if reader is None or reader.path.parent.resolve() != root.resolve():
         return
-    for path in checkpoint.rewind(root, root / reader.path.name):
-        print(f"kept aside, as this run continues from an earlier step: superseded-{path.name}")
-    # What a session killed between a save and its pruning has left.
-    checkpoint.prune(root, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
+    try:
+        for path in checkpoint.rewind(root, root / reader.path.name):
+            print(f"kept aside, as this run continues from an earlier step: superseded-{path.name}")
+        # What a session killed between a save and its pruning has left.
+        checkpoint.prune(root, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
+    except OSError as error:
+        raise CheckpointError(
+            f"{root}: cannot be written ({error}); make it writable, then --resume auto"
+        ) from error
 
 
 def _announce(session: _Session, reader: StateSource | None, comparison: run.Comparison) -> None:
@@ -290,8 +325,10 @@ def _transition_summary(cfg: Config) -> str:
     if start is None:
         return "16 bit throughout"
     t = cfg.transition
+    policy = t.optimizer_state
+    state = f"scaled by {policy.scale:g}" if isinstance(policy, ScaledMoments) else policy
     return (
-        f"ternary from step {start:,} (ramp {t.ramp.shape}, optimizer state {t.optimizer_state}, "
+        f"ternary from step {start:,} (ramp {t.ramp.shape}, optimizer state {state}, "
         f"LR {t.lr}, weight decay {t.weight_decay})"
     )
 
@@ -415,11 +452,11 @@ def _read_telemetry(session: _Session, done: int) -> None:
     session.recorder.telemetry(done, layers)
 
 
-def _save(session: _Session, done: int, strength: Strength) -> None:
+def _save(session: _Session, done: int, strength: Strength, *, wait: bool) -> None:
+    """Save after `done` steps; unless `wait`, training goes on before the files are written."""
     cfg, mesh, engine = session.cfg, session.mesh, session.engine
-    root = run.checkpoints_dir(cfg)
+    _record(session, session.saver.finish())
     session.recorder.flush()
-    begin = time.perf_counter()
     meta = checkpoint.Meta(
         step=done,
         tokens=session.batches.tokens_seen(done),
@@ -432,12 +469,27 @@ def _save(session: _Session, done: int, strength: Strength) -> None:
         world_size=mesh.world_size,
         versions=run.versions(),
     )
-    path = checkpoint.save(root, meta, engine.fragments(), mesh, rng_state=torch.get_rng_state())
-    seconds = time.perf_counter() - begin
-    if mesh.is_main:
-        checkpoint.prune(root, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
-    session.recorder.event(done, meta.tokens, "checkpoint", path=str(path), seconds=seconds)
-    session.say(f"saved {path} in {format_duration(seconds)}")
+    session.saver.begin(meta, engine.fragments(), torch.get_rng_state())
+    if wait or not cfg.checkpoint.asynchronous:
+        _record(session, session.saver.finish())
+
+
+def _record(session: _Session, saved: checkpoint.Saved | None) -> None:
+    """Say that a checkpoint has come into force, if one has."""
+    if saved is None:
+        return
+    session.recorder.event(
+        saved.meta.step,
+        saved.meta.tokens,
+        "checkpoint",
+        path=str(saved.path),
+        seconds=saved.seconds,
+        blocked_seconds=saved.blocked_seconds,
+    )
+    waited = "" if saved.blocked_seconds > 0.9 * saved.seconds else ", in the background"
+    session.say(f"saved {saved.path} in {format_duration(saved.seconds)}{waited}")
+    if saved.unpruned:
+        session.say(f"warning: an older checkpoint could not be deleted: {saved.unpruned}")
 
 
 def _due(done: int, every: int) -> bool:

@@ -11,13 +11,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from bitscale.config import OptimizerState, ScaledMoments
 from bitscale.engine import Fragment, TrainEngine
 from bitscale.mesh import Mesh
 from bitscale.model.bitlinear import bit_linears
 from bitscale.quant.learned import initial_scale
 
 
-def begin_transition(engine: TrainEngine, mesh: Mesh, policy: str) -> None:
+def begin_transition(engine: TrainEngine, mesh: Mesh, policy: OptimizerState) -> None:
     """Apply the optimizer-state policy and start learned scales, on every rank (a collective).
 
     Called before the first step of the transition, and only there: a run resumed at that step
@@ -44,21 +45,31 @@ def start_learned_scales(engine: TrainEngine) -> None:
         if fragment.name in initial:
             end = fragment.start + fragment.numel
             fragment.master.copy_(initial[fragment.name][fragment.start : end])
-            fragment.exp_avg.zero_()
-            fragment.exp_avg_sq.zero_()
+            for moment in fragment.moments().values():
+                moment.zero_()
     engine.publish_masters()
 
 
-def apply_optimizer_policy(fragments: Iterable[Fragment], policy: str) -> None:
-    """`keep` changes nothing; `reset` zeroes both moments and the step count, as at the start of
+def apply_optimizer_policy(fragments: Iterable[Fragment], policy: OptimizerState) -> None:
+    """Change moments and step counts in place; masters are never touched.
+
+    `keep` changes nothing; `reset` zeroes the moments and the step count, as at the start of
     training; `keep_second_moment` zeroes the first moment only (direction forgotten, per-weight
-    step size kept, no second bias correction)."""
+    step size kept, no second bias correction); `{scale: f}` multiplies the first by f and the
+    second by f², as if every gradient so far had been f times what it was.
+    """
     if policy == "keep":
         return
     for fragment in fragments:
+        if isinstance(policy, ScaledMoments):
+            fragment.exp_avg.mul_(policy.scale)
+            if fragment.exp_avg_sq is not None:
+                fragment.exp_avg_sq.mul_(policy.scale**2)
+            continue
         fragment.exp_avg.zero_()
         if policy == "reset":
-            fragment.exp_avg_sq.zero_()
+            if fragment.exp_avg_sq is not None:
+                fragment.exp_avg_sq.zero_()
             fragment.step.zero_()
 
 

@@ -1,18 +1,23 @@
 """A run's `checkpoints/`: which one is in force, publication by rename, retention."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from bitscale.checkpoint.format import Meta
+from bitscale.checkpoint.format import META_NAME, SUMS_NAME, Meta, sums_text, unreadable
 from bitscale.errors import CheckpointError
+
+_NAME = re.compile(r"step-(\d{8,})")
 
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints under `root`, oldest first."""
-    return sorted(path for path in root.glob("step-*") if (path / "meta.json").is_file())
+    named = [path for path in root.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in named if (path / META_NAME).is_file()), key=_step_of)
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -25,18 +30,25 @@ def latest_checkpoint(root: Path) -> Path | None:
     if not pointer.is_file():
         whole = list_checkpoints(root)
         return whole[-1] if whole else None
-    path = root / pointer.read_text().strip()
-    if not (path / "meta.json").is_file():
+    try:
+        name = pointer.read_text(errors="replace").strip()
+    except OSError as error:
+        raise unreadable(pointer, error) from error
+    remedy = (
+        f"write the name of one of {[p.name for p in list_checkpoints(root)]} into it, or delete it"
+    )
+    if not _NAME.fullmatch(name):
         raise CheckpointError(
-            f"{pointer} names {path.name!r}, which is missing or incomplete; write the name of "
-            f"one of {[p.name for p in list_checkpoints(root)]} into it, or delete it"
+            f"{pointer} holds {name[:40]!a}, which is not a checkpoint's name; {remedy}"
         )
-    return path
+    if not (root / name / META_NAME).is_file():
+        raise CheckpointError(f"{pointer} names {name!r}, which is missing or incomplete; {remedy}")
+    return root / name
 
 
 def resolve(path: Path) -> Path:
     """The checkpoint directory that a user means: a checkpoint, a run, or its checkpoints/."""
-    if (path / "meta.json").is_file():
+    if (path / META_NAME).is_file():
         return path
     for root in (path, path / "checkpoints"):
         found = latest_checkpoint(root) if root.is_dir() else None
@@ -55,10 +67,18 @@ def prune(root: Path, keep_last: int, keep_every: int) -> None:
             # Renamed first: a kill in the middle leaves nothing that looks whole.
             doomed = root / f".{path.name}.deleted"
             path.rename(doomed)
-            shutil.rmtree(doomed)
+            _remove(doomed)
     for kind in ("deleted", "partial"):  # what a kill during prune or save has left
         for leftover in root.glob(f".step-*.{kind}"):
-            shutil.rmtree(leftover)
+            _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    """A checkpoint that was moved to another disk, and linked to, loses only the link."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def rewind(root: Path, checkpoint: Path) -> list[Path]:
@@ -67,7 +87,7 @@ def rewind(root: Path, checkpoint: Path) -> list[Path]:
     Later ones are of a history that is being rewritten: they are kept as `superseded-step-...`.
     Returns them.
     """
-    later = [path for path in list_checkpoints(root) if path.name > checkpoint.name]
+    later = [path for path in list_checkpoints(root) if _step_of(path) > _step_of(checkpoint)]
     _point_latest(checkpoint)
     for path in later:
         _supersede(path)
@@ -80,14 +100,19 @@ def make_empty(staging: Path) -> None:
 
 
 def publish(staging: Path, final: Path, meta: Meta) -> None:
-    meta_file = staging / "meta.json"
-    meta_file.write_text(json.dumps(asdict(meta), indent=1) + "\n")
-    fsync(meta_file)
+    """Make the durable shards in `staging` the checkpoint in force, `final`."""
+    content = json.dumps(asdict(meta), indent=1) + "\n"
+    digests = {name: file["sha256"] for name, file in meta.files.items()}
+    digests[META_NAME] = hashlib.sha256(content.encode()).hexdigest()
+    for name, text in ((SUMS_NAME, sums_text(digests)), (META_NAME, content)):
+        (staging / name).write_text(text, encoding="utf-8")
+        fsync(staging / name)
     fsync(staging)
     if final.exists():  # left by a crash between the rename and the move of `latest`
         _supersede(final)
     staging.rename(final)
     fsync(final.parent)
+    fsync(final.parent.parent)  # which may not know of the first checkpoint's parent yet
     _point_latest(final)
 
 
@@ -102,7 +127,8 @@ def _point_latest(checkpoint: Path) -> None:
 def _supersede(checkpoint: Path) -> None:
     """Keep `checkpoint` under a name that is never resumed from."""
     aside = checkpoint.with_name(f"superseded-{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside.is_dir():
+        _remove(aside)
     checkpoint.rename(aside)
 
 

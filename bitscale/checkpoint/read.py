@@ -1,5 +1,6 @@
 """Reading a checkpoint: any flat range of any parameter, whoever wrote it."""
 
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -7,9 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bitscale.checkpoint.format import read_meta
+from bitscale.checkpoint.format import read_meta, unreadable
 from bitscale.checkpoint.source import StateSource
-from bitscale.checkpoint.write import sha256
 from bitscale.errors import CheckpointError
 from bitscale.model.collectives import ParameterShard
 
@@ -29,17 +29,19 @@ class _Piece(NamedTuple):
 class Reader(StateSource):
     """Reads flat ranges of any parameter's master or moments out of a checkpoint.
 
-    Every file is verified against its checksum before its first byte is used.
+    Every file is verified against its checksum before its first byte is used, by this process or,
+    `verify` (rank, ranks) being given, by one of the ranks that open the same checkpoint together.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, verify: tuple[int, int] = (0, 1)) -> None:
+        rank, num_ranks = verify
         self.path = path
         self.meta = read_meta(path)
         self._handles: dict[str, Any] = {}
         self._index: dict[tuple[str, str], list[_Piece]] = {}  # by parameter and kind
         self._whole: tuple[tuple[str, str], Tensor] | None = None  # the last one put together
-        for name in self.meta.files:
-            self._open(name)
+        for index, name in enumerate(self.meta.files):
+            self._open(name, verify=index % num_ranks == rank)
 
     def read(
         self, name: str, kind: str, start: int, numel: int, shard: ParameterShard | None = None
@@ -101,24 +103,13 @@ class Reader(StateSource):
         name = f"state-{rank:05d}-of-{self.meta.world_size:05d}.safetensors"
         return self._handles[name].get_tensor("rng_state") if name in self._handles else None
 
-    def _open(self, name: str) -> None:
+    def _open(self, name: str, *, verify: bool) -> None:
         path, expected = self.path / name, self.meta.files[name]
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path}: missing, though meta.json lists it; use another checkpoint"
-            )
-        if path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(
-                f"{path}: {path.stat().st_size} bytes instead of {expected['bytes']}; truncated "
-                "or foreign: use another checkpoint"
-            )
-        if sha256(path) != expected["sha256"]:
-            raise CheckpointError(
-                f"{path}: checksum differs from meta.json; damaged or foreign: use another "
-                "checkpoint"
-            )
         try:
+            _check_file(path, expected["bytes"], expected["sha256"] if verify else None)
             handle = safe_open(path, framework="pt")
+        except OSError as error:
+            raise unreadable(path, error) from error
         except SafetensorError as error:
             raise CheckpointError(
                 f"{path}: not a safetensors file ({error}); use another checkpoint"
@@ -131,3 +122,21 @@ class Reader(StateSource):
                 part = cast(_Part, tuple(map(int, rest[0].split(":")))) if rest else None
                 piece = _Piece(int(start), numel, name, key, part)
                 self._index.setdefault((parameter, kind), []).append(piece)
+
+
+def _check_file(path: Path, num_bytes: int, sha256: str | None) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing, though meta.json lists it; use another checkpoint")
+    if path.stat().st_size != num_bytes:
+        raise CheckpointError(
+            f"{path}: {path.stat().st_size} bytes instead of {num_bytes}; truncated or foreign: "
+            "use another checkpoint"
+        )
+    if sha256 is None:
+        return
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise CheckpointError(
+                f"{path}: checksum differs from meta.json; damaged or foreign: use another "
+                "checkpoint"
+            )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bitscale.checkpoint.format import KINDS, Meta, views
+from bitscale.checkpoint.format import Meta, views
 from bitscale.engine.fragments import Fragment
 from bitscale.errors import CheckpointError
 from bitscale.model.collectives import ParameterShard
@@ -26,7 +26,7 @@ class StateSource(ABC):
     ) -> Tensor:
         """fp32 [numel]: elements [start, start + numel) of parameter `name`, or of its `shard`.
 
-        `kind` is "master", "exp_avg" or "exp_avg_sq".
+        `kind` is "master", "exp_avg" or "exp_avg_sq" (fragments.MOMENTS).
         """
 
     @abstractmethod
@@ -43,11 +43,14 @@ class StateSource(ABC):
         fragments: Iterable[Fragment],
         shapes: Mapping[str, Sequence[int]],
         optional: Collection[str] = (),
+        *,
+        moments: bool = True,
     ) -> None:
         """Fill this rank's fragments of a model with these parameter `shapes`, in place.
 
         Parameters in `optional` may be missing on either side: what the model has and the
-        checkpoint has not stays as it was built, its Adam state new but for the step count.
+        checkpoint has not stays as it was built, its moments new but for the step count. Without
+        `moments` only masters are read, and the optimizer stays as new as it is.
 
         Raises CheckpointError if the checkpoint's parameters are others.
         """
@@ -61,13 +64,24 @@ class StateSource(ABC):
                 )
         for fragment in fragments:
             if fragment.name in missing:
+                if not moments:
+                    continue
                 # The count that ZeRO's flat tensors share, and a gradient of 0 would have left.
                 fragment.step.fill_(max(self.meta.adam_steps.values()))
                 continue
-            for kind, view in zip(KINDS, views(fragment), strict=True):
+            for kind, view in views(fragment).items():
+                if kind != "master" and not moments:
+                    continue
                 start, numel, shard = fragment.start, fragment.numel, fragment.shard
-                view.copy_(self.read(fragment.name, kind, start, numel, shard))
-            fragment.step.fill_(self.meta.adam_steps[fragment.name])
+                values = self.read(fragment.name, kind, start, numel, shard)
+                if not values.isfinite().all():
+                    raise CheckpointError(
+                        f"{self.path}: {fragment.name} ({kind}) holds NaN or infinity; resume "
+                        "from an earlier checkpoint"
+                    )
+                view.copy_(values)
+            if moments:
+                fragment.step.fill_(self.meta.adam_steps[fragment.name])
 
 
 def _shown(shape: Sequence[int] | None) -> str:

@@ -1,69 +1,33 @@
-"""Writing a checkpoint: every rank its shard, then one rename."""
+"""One rank's part of a save: its state copied to host memory, then written, hashed and synced."""
 
 import hashlib
+import itertools
+import json
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
-from bitscale.checkpoint.directory import fsync, make_empty, publish
-from bitscale.checkpoint.format import KINDS, Meta, key_of, views
+from bitscale.checkpoint.format import key_of, views
 from bitscale.engine.fragments import Fragment
-from bitscale.errors import CheckpointError
-from bitscale.mesh import Mesh
+
+_CHUNK_BYTES = 1 << 24
+_DTYPE_NAMES = {torch.float32: "F32", torch.uint8: "U8"}  # safetensors'; widest first
 
 
-def save(
-    root: Path,
-    meta: Meta,
-    fragments: Iterable[Fragment],
-    mesh: Mesh,
-    *,
-    rng_state: Tensor,
-) -> Path:
-    """Write `root/step-N` from every rank (a collective) and move `latest` to it.
+class Snapshot(NamedTuple):
+    """One rank's state at one step, in host memory that training does not touch."""
 
-    Returns its path. Raises CheckpointError on every rank if one rank could not write.
-    """
-    final = root / f"step-{meta.step:08d}"
-    staging = root / f".{final.name}.partial"
-    _on_main(mesh, final, lambda: make_empty(staging))
-    name = f"state-{mesh.rank:05d}-of-{mesh.world_size:05d}.safetensors"
-    shards = mesh.gather_objects(_write_shard(staging / name, fragments, rng_state))
-    _refuse(final, [shard.error for shard in shards])
-    adam_steps = {name: step for shard in shards for name, step in shard.adam_steps.items()}
-    files = {shard.name: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
-    whole = replace(meta, adam_steps=adam_steps, files=files)
-    _on_main(mesh, final, lambda: publish(staging, final, whole))
-    return final
-
-
-def _on_main(mesh: Mesh, final: Path, action: Callable[[], None]) -> None:
-    """Rank 0 acts, all wait; what the file system refuses it is an error on every rank, since
-    the others would wait for ever for a rank that has gone."""
-    error = ""
-    if mesh.is_main:
-        try:
-            action()
-        except OSError as refusal:
-            error = str(refusal)
-    _refuse(final, mesh.gather_objects(error))
-
-
-def _refuse(final: Path, errors: list[str]) -> None:
-    for error in filter(None, errors):
-        raise CheckpointError(
-            f"{final}: not saved, {error}; the previous checkpoint remains in force: make room, "
-            "or make the directory writable, and resume from it"
-        )
+    tensors: dict[str, Tensor]  # by key, see `key_of`; contiguous, on the CPU
+    adam_steps: dict[str, int]  # by parameter
 
 
 @dataclass(frozen=True)
-class _Shard:
+class Shard:
     """What one rank wrote, or the error that kept it (so that no rank waits for ever)."""
 
     name: str
@@ -73,22 +37,61 @@ class _Shard:
     error: str = ""
 
 
-def _write_shard(path: Path, fragments: Iterable[Fragment], rng_state: Tensor) -> _Shard:
-    tensors = {"rng_state": rng_state}
+def take_snapshot(fragments: Iterable[Fragment], rng_state: Tensor) -> Snapshot:
+    """Copy what this rank saves: 12 bytes for each of its elements."""
+    tensors = {"rng_state": rng_state.clone()}
     adam_steps = {}
     for fragment in fragments:
         adam_steps[fragment.name] = int(fragment.step)
         if fragment.saved_here:
-            for kind, view in zip(KINDS, views(fragment), strict=True):
-                # A copy: safetensors refuses views that share a storage.
-                tensors[key_of(fragment, kind)] = view.detach().cpu().clone()
+            for kind, view in views(fragment).items():
+                tensors[key_of(fragment, kind)] = view.detach().to("cpu", copy=True)
+    return Snapshot(tensors, adam_steps)
+
+
+def write_shard(path: Path, snapshot: Snapshot) -> Shard:
+    """Write `snapshot` to `path`; it is durable when this returns a Shard without error."""
     try:
-        save_file(tensors, path)
-        give_ordinary_mode(path)
-        fsync(path)
-        return _Shard(path.name, path.stat().st_size, sha256(path), adam_steps)
-    except (OSError, SafetensorError) as error:
-        return _Shard(path.name, error=f"{path.name}: {error}")
+        num_bytes, digest = write_safetensors(path, snapshot.tensors)
+    except OSError as error:
+        return Shard(path.name, error=f"{path.name}: {error}")
+    return Shard(path.name, num_bytes, digest, snapshot.adam_steps)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """Write fp32 and uint8 CPU tensors durably; returns (bytes, SHA-256 in hex).
+
+    The same bytes as `safetensors.torch.save_file`, which makes a second copy of all tensors,
+    cannot hash what it writes, and creates files that only their owner can read.
+    """
+    widest_first = list(_DTYPE_NAMES)
+    names = sorted(tensors, key=lambda name: (widest_first.index(tensors[name].dtype), name))
+    header, end = {}, 0
+    for name in names:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        head = memoryview(len(text).to_bytes(8, "little") + text)
+        for part in itertools.chain([head], (_bytes(tensors[name]) for name in names)):
+            for low in range(0, len(part), _CHUNK_BYTES):
+                digest.update(part[low : low + _CHUNK_BYTES])
+                file.write(part[low : low + _CHUNK_BYTES])
+        file.flush()
+        os.fsync(file.fileno())
+    return 8 + len(text) + end, digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The tensor's own memory, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def give_ordinary_mode(path: Path) -> None:
@@ -96,8 +99,3 @@ def give_ordinary_mode(path: Path) -> None:
     umask = os.umask(0o077)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

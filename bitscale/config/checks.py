@@ -1,5 +1,6 @@
 """Conditions that span several keys, checked once, before anything is started."""
 
+import json
 import math
 
 from bitscale.config.derived import (
@@ -35,6 +36,7 @@ def check(cfg: Config) -> None:
     """Raise ConfigError for the first impossible combination."""
     _check_model(cfg)
     _check_engine(cfg)
+    _check_optimizer(cfg)
     _check_schedule(cfg)
     _check_transition(cfg)
     _check_quant(cfg)
@@ -84,7 +86,8 @@ def _check_model(cfg: Config) -> None:
         )
     if m.norm == "layernorm" and m.sub_norm:
         raise ConfigError(
-            "model.sub_norm=true needs model.norm='rmsnorm' (BitNet's SubLN is an RMSNorm)"
+            f"model.sub_norm={json.dumps(m.sub_norm)} needs model.norm='rmsnorm' (BitNet's SubLN "
+            "is an RMSNorm)"
         )
 
 
@@ -103,6 +106,28 @@ def _check_engine(cfg: Config) -> None:
     if isinstance(zero, dict) and "stage" in zero:
         raise ConfigError(
             "engine.deepspeed.zero_optimization.stage is derived; set engine.zero_stage instead"
+        )
+
+
+# Why an optimizer that DeepSpeed or others offer does not run here (docs/optimizers.md).
+_REFUSED_OPTIMIZERS = {
+    "muon": "runs in DeepSpeed on data-parallel ranks only, and keeps its momentum at each stage "
+    "in another place, where neither policies nor checkpoints at another layout reach it",
+    "adamw8bit": "keeps its moments as codes that share a scale per block, which neither policies "
+    "nor checkpoints at another layout can address element by element",
+}
+
+
+def _check_optimizer(cfg: Config) -> None:
+    name, policy = cfg.optim.name, cfg.transition.optimizer_state
+    if name in _REFUSED_OPTIMIZERS:
+        raise ConfigError(
+            f"optim.name={name!r} {_REFUSED_OPTIMIZERS[name]}; use adamw, or lion with one moment"
+        )
+    if name == "lion" and policy == "keep_second_moment":
+        raise ConfigError(
+            "transition.optimizer_state='keep_second_moment' with optim.name='lion', which has no "
+            "second moment; use keep, reset or {scale: f}"
         )
 
 

@@ -16,12 +16,14 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from bitscale.config.checks import check
 from bitscale.config.presets import preset as named
 from bitscale.config.schema import Config, QuantConfig
 from bitscale.errors import ConfigError
 
+_Location = tuple[int | str, ...]  # keys and positions in lists, from the top
 # Exclusive units of one quantity (schema.Point, schema.Span, and the budget in `train`).
 _UNITS = {"step", "steps", "tokens", "fraction"}
 
@@ -142,24 +144,46 @@ def _merge(below: dict[Any, Any], above: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _explain(error: ValidationError) -> str:
+    found: dict[_Location, list[ErrorDetails]] = {}
+    for each in error.errors(include_url=False):
+        found.setdefault(_fields(each), []).append(each)
+    # A key that may be a section or a word complains as both: the section's complaint says more.
+    deepest = [key for key in found if not any(k[: len(key)] == key != k for k in found)]
     # Unknown keys first: a misspelt key is also a missing one, and the spelling is the cause.
-    first, *rest = sorted(
-        error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden"
-    )
-    key = ".".join(str(part) for part in first["loc"]) if first["loc"] else "configuration"
+    location, *rest = sorted(deepest, key=lambda k: found[k][0]["type"] != "extra_forbidden")
+    first, *alternatives = found[location]
+    key = ".".join(str(part) for part in location) if location else "configuration"
     more = f" (and {len(rest)} more)" if rest else ""
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_did_you_mean(first['loc'])}{more}"
+        return f"unknown key {key!r}{_did_you_mean(location)}{more}"
     if first["type"] == "missing":
-        in_list = any(isinstance(part, int) for part in first["loc"])
+        in_list = any(isinstance(part, int) for part in location)
         remedy = "set it in the file" + ("" if in_list else f" or with {key}=VALUE")
         return f"{key} is missing; {remedy}{more}"
     shown = json.dumps(first["input"], default=str)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return f"{key}={shown}: {first['msg'].removeprefix('Value error, ')}{more}"
+    wanted = [first["msg"].removeprefix("Value error, ")]
+    wanted += [other["msg"].removeprefix("Input should be ") for other in alternatives]
+    return f"{key}={shown}: {', or '.join(wanted)}{more}"
 
 
-def _did_you_mean(location: tuple[int | str, ...]) -> str:
+def _fields(error: ErrorDetails) -> _Location:
+    """Where the error is, without the names that pydantic gives to a key's alternatives."""
+    section: type[BaseModel] | None = Config
+    location: list[int | str] = []
+    for part in error["loc"]:
+        fields = {} if section is None else section.model_fields
+        if isinstance(part, str) and part in fields:
+            section = _section_of(fields[part].annotation)
+            location.append(part)
+        elif isinstance(part, int):
+            location.append(part)
+    if error["type"] == "extra_forbidden":
+        location.append(error["loc"][-1])
+    return tuple(location)
+
+
+def _did_you_mean(location: _Location) -> str:
     """' (did you mean ...?)' from the fields of the section in which the key stands."""
     section: type[BaseModel] = Config
     for part in location[:-1]:

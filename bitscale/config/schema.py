@@ -81,7 +81,8 @@ class ModelConfig(Section):
     norm_eps: PositiveFloat = 1e-5  # added to the mean square or variance
     rope_theta: PositiveFloat = 10000.0  # base of the rotary frequencies
     rope_scaling: RopeScaling | None = None  # null: none
-    sub_norm: bool = False  # SubLN: a norm before the output and down projections
+    # SubLN: a norm before the output and down projections; transition: blended in with λ
+    sub_norm: bool | Literal["transition"] = False
     qk_norm: bool = False  # RMSNorm of queries and keys, per head
     tie_embeddings: bool = True  # the head shares the embedding
     # in the linear layers of the blocks; attention: in its four only; qkv: in its first three only
@@ -161,11 +162,13 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and the learning-rate schedule (formulas: docs/schedules.md)."""
+    """The optimizer and the learning-rate schedule (docs/optimizers.md, docs/schedules.md)."""
 
+    # adamw or lion; adamw8bit and muon are refused, with the reason
+    name: Literal["adamw", "lion", "adamw8bit", "muon"] = "adamw"
     lr: PositiveFloat  # peak learning rate
-    betas: tuple[Beta, Beta] = (0.9, 0.95)  # Adam's
-    eps: PositiveFloat = 1e-8  # Adam's
+    betas: tuple[Beta, Beta] = (0.9, 0.95)  # of the moments; lion's paper has .9, .99
+    eps: PositiveFloat = 1e-8  # adamw's
     weight_decay: NonNegativeFloat = 0.1  # decoupled; of matrices only
     clip: NonNegativeFloat = 1.0  # global gradient norm; 0 turns clipping off
     # formulas: docs/schedules.md
@@ -202,6 +205,19 @@ WeightDecayPolicy = Annotated[
 ]
 
 
+class ScaledMoments(Section):
+    """The moments of before count f times as much, as if those gradients had been f times theirs.
+
+    exp_avg · f and exp_avg_sq · f²: the next update keeps its size, and f < 1 lets the gradients of
+    after it take over sooner.
+    """
+
+    scale: PositiveFloat  # f; 1 keeps, towards 0 forgets (to reset, say `reset`)
+
+
+OptimizerState = Literal["keep", "reset", "keep_second_moment"] | ScaledMoments
+
+
 class TransitionConfig(Section):
     """16 bit -> ternary. `at: null` never switches; `at: {step: 0}` is ternary from scratch."""
 
@@ -209,8 +225,8 @@ class TransitionConfig(Section):
     ramp: RampConfig = RampConfig()  # λ of weights
     activation_ramp: RampConfig | None = None  # null: as `ramp`
     residual: ResidualConfig = ResidualConfig()  # ε x wᵀ beside the quantized product
-    # Adam's moments when the transition begins
-    optimizer_state: Literal["keep", "reset", "keep_second_moment"] = "keep"
+    # the optimizer's moments when the transition begins; {scale: f} multiplies them
+    optimizer_state: OptimizerState = "keep"
     # rewarm: a second warm-up; decay: linear, from the transition to the end
     lr: Literal["continue", "rewarm", "decay"] = "continue"
     lr_rewarm: Span = Span(fraction=0.02)  # rewarm: length of the second warm-up
@@ -257,6 +273,8 @@ class CheckpointConfig(Section):
     every: NonNegativeInt = 0  # steps; 0: only at the end and on SIGTERM
     keep_last: PositiveInt = 2  # checkpoints
     keep_every: NonNegativeInt = 0  # steps; 0: keep only the last ones
+    # train on while the files are written, at the price of a copy of the state in host memory
+    asynchronous: bool = True
 
 
 class LogConfig(Section):

@@ -9,7 +9,7 @@ ranks' fragments with `saved_here` cover each element of each parameter exactly 
 This file is the only one that knows DeepSpeed's internal layout (measured with 0.19.8).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,9 +30,9 @@ class Fragment:
     name: str
     start: int
     master: Tensor  # [numel] view on the fp32 master weight
-    exp_avg: Tensor  # [numel] view
-    exp_avg_sq: Tensor  # [numel] view
-    step: Tensor  # Adam's step count, scalar; shared by the fragments of one optimizer tensor
+    exp_avg: Tensor  # [numel] view on the first moment
+    exp_avg_sq: Tensor | None  # [numel] view on the second; None: the optimizer has one moment
+    step: Tensor  # step count, scalar; shared by the fragments of one optimizer tensor
     saved_here: bool = True  # False: a replica that another rank saves
     # The part of the whole parameter whose flat range this is; None: of the parameter itself.
     shard: ParameterShard | None = None
@@ -41,9 +41,16 @@ class Fragment:
     def numel(self) -> int:
         return self.master.numel()
 
+    def moments(self) -> dict[str, Tensor]:
+        """The moments that the optimizer keeps, by name: some or all of MOMENTS, in that order."""
+        views = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return {kind: view for kind, view in views.items() if view is not None}
 
-def create_adam_state(wrapper: Any, optimizer: torch.optim.Optimizer, stage: int) -> None:
-    """Give every optimizer tensor zero moments and step 0.
+
+def create_state(
+    wrapper: Any, optimizer: torch.optim.Optimizer, stage: int, moments: Sequence[str]
+) -> None:
+    """Give every optimizer tensor zero `moments` and step 0.
 
     torch creates this state in the first step, too late for a checkpoint to be restored into it;
     DeepSpeed's BF16_Optimizer creates it at start-up by a step on zero gradients, which leaves
@@ -53,15 +60,14 @@ def create_adam_state(wrapper: Any, optimizer: torch.optim.Optimizer, stage: int
     tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     for tensor in wrapper.fp32_partitioned_groups_flat if stage == 3 else tensors:
         if not optimizer.state[tensor]:
-            device = tensor.device if optimizer.defaults["fused"] else None
+            device = tensor.device if optimizer.defaults.get("fused") else None
             optimizer.state[tensor] = {
                 "step": torch.tensor(0.0, dtype=torch.float32, device=device),
-                "exp_avg": torch.zeros_like(tensor),
-                "exp_avg_sq": torch.zeros_like(tensor),
+                **{moment: torch.zeros_like(tensor) for moment in moments},
             }
     for state in optimizer.state.values():
         state["step"].zero_()
-        for moment in MOMENTS:
+        for moment in moments:
             state[moment].zero_()
 
 
@@ -76,7 +82,7 @@ def fragments(
     """This rank's fragments, in parameter order.
 
     Args:
-        wrapper: DeepSpeed's optimizer object; `optimizer`: the torch AdamW inside it.
+        wrapper: DeepSpeed's optimizer object; `optimizer`: the torch optimizer inside it.
     """
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if stage == 0:
@@ -108,15 +114,8 @@ def _replicated(
     name: str, parameter: nn.Parameter, optimizer: torch.optim.Optimizer, saved_here: bool
 ) -> Fragment:
     state = optimizer.state[parameter]
-    return Fragment(
-        name,
-        0,
-        parameter.data.view(-1),
-        state["exp_avg"].view(-1),
-        state["exp_avg_sq"].view(-1),
-        state["step"],
-        saved_here,
-    )
+    fragment = _fragment(name, 0, parameter, state, lambda tensor: tensor.data.view(-1))
+    return replace(fragment, saved_here=saved_here)
 
 
 def _stage12(name: str, parameter: Any, optimizer: torch.optim.Optimizer) -> Fragment:
@@ -128,14 +127,7 @@ def _stage12(name: str, parameter: Any, optimizer: torch.optim.Optimizer) -> Fra
     def view(tensor: Tensor) -> Tensor:
         return tensor.data.narrow(0, address.start, address.numel)
 
-    return Fragment(
-        name,
-        mapping.lp_fragment_address.start,
-        view(flat),
-        view(state["exp_avg"]),
-        view(state["exp_avg_sq"]),
-        state["step"],
-    )
+    return _fragment(name, mapping.lp_fragment_address.start, flat, state, view)
 
 
 def _stage3(
@@ -152,8 +144,25 @@ def _stage3(
     def view(tensor: Tensor) -> Tensor:
         return tensor.data.narrow(0, offset, numel)
 
+    return _fragment(name, start, flat, state, view)
+
+
+def _fragment(
+    name: str,
+    start: int,
+    master: Tensor,
+    state: dict[str, Tensor],
+    view: Callable[[Tensor], Tensor],
+) -> Fragment:
+    """`view` cuts the fragment out of the optimizer's tensor and of its moments alike."""
+    second = state.get("exp_avg_sq")
     return Fragment(
-        name, start, view(flat), view(state["exp_avg"]), view(state["exp_avg_sq"]), state["step"]
+        name,
+        start,
+        view(master),
+        view(state["exp_avg"]),
+        None if second is None else view(second),
+        state["step"],
     )
 
 

@@ -27,7 +27,7 @@ from bitscale.model.stages import DecoderStage
 
 
 class PipelineEngine(TrainEngine):
-    """One stage of a model and its AdamW under DeepSpeed, at ZeRO-1."""
+    """One stage of a model and its optimizer under DeepSpeed, at ZeRO-1."""
 
     def __init__(self, cfg: Config, model: DecoderStage, mesh: Mesh) -> None:
         self._stage = model
@@ -44,7 +44,7 @@ class PipelineEngine(TrainEngine):
     def train_step(
         self, micro_batches: Iterable[MicroBatch], *, lr: float, weight_decay: float
     ) -> StepResult:
-        """Forward and backward over this rank's micro-batches, then one AdamW update; every stage
+        """Forward and backward over this rank's micro-batches, then one update; every stage
         is given the micro-batches, and has the loss."""
         self._set_hyperparameters(lr, weight_decay)
         self._engine.train()

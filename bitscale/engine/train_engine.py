@@ -19,6 +19,7 @@ from bitscale.engine import fragments as fragment_views
 from bitscale.engine.ds_config import deepspeed_config
 from bitscale.engine.fragments import Fragment, is_counted_here
 from bitscale.engine.mpu import ModelParallelUnit
+from bitscale.engine.optimizers import MOMENTS_OF, make_optimizer
 from bitscale.errors import ConfigError
 from bitscale.mesh import Mesh
 from bitscale.model.bitlinear import bit_linears, forget_weights, prepare_weights, set_kernels
@@ -32,7 +33,7 @@ class StepResult(NamedTuple):
 
 
 class TrainEngine:
-    """One model and its AdamW under DeepSpeed, at any ZeRO stage."""
+    """One model and its optimizer under DeepSpeed, at any ZeRO stage."""
 
     def __init__(self, cfg: Config, model: nn.Module, mesh: Mesh) -> None:
         check_world_size(cfg, mesh.world_size)
@@ -46,14 +47,9 @@ class TrainEngine:
             counts = shard_of(parameter) is not None and is_counted_here(parameter, mesh)
             parameter.tensor_model_parallel = counts  # type: ignore[attr-defined]
         groups = zip(decayed_and_not(self._optimized()), (True, False), strict=True)
-        # lr 0: DeepSpeed steps once on zero gradients at start-up in some modes, and weight
-        # decay would then change the weights. Every real step sets its own lr.
-        self._adam = torch.optim.AdamW(
+        self._optimizer = make_optimizer(
+            cfg.optim,
             [{"params": params, "decayed": decayed} for params, decayed in groups if params],
-            lr=0.0,
-            betas=cfg.optim.betas,
-            eps=cfg.optim.eps,
-            weight_decay=0.0,
             fused=mesh.device.type == "cuda",
         )
         deepspeed = _import_deepspeed(mesh.device.type)
@@ -62,7 +58,7 @@ class TrainEngine:
             with contextlib.redirect_stdout(io.StringIO()):
                 self._engine, self._wrapper, _, _ = deepspeed.initialize(
                     model=self._deepspeed_model(),
-                    optimizer=self._adam,
+                    optimizer=self._optimizer,
                     config=deepspeed_config(cfg, mesh.dp_size),
                     mpu=self._deepspeed_mpu(),
                 )
@@ -75,7 +71,8 @@ class TrainEngine:
                 f"DeepSpeed refuses the configuration with engine.deepspeed="
                 f"{cfg.engine.deepspeed}: {reason.split(' For further information')[0]}"
             ) from error
-        fragment_views.create_adam_state(self._wrapper, self._adam, self.stage)
+        moments = MOMENTS_OF[cfg.optim.name]
+        fragment_views.create_state(self._wrapper, self._optimizer, self.stage, moments)
 
     def _deepspeed_model(self) -> Any:
         return self.module
@@ -86,7 +83,7 @@ class TrainEngine:
     def train_step(
         self, micro_batches: Iterable[MicroBatch], *, lr: float, weight_decay: float
     ) -> StepResult:
-        """Forward and backward over this rank's micro-batches, then one AdamW update."""
+        """Forward and backward over this rank's micro-batches, then one update."""
         self._set_hyperparameters(lr, weight_decay)
         self._engine.train()
         self._prepare_weights()
@@ -119,11 +116,11 @@ class TrainEngine:
         return tuple(t if t is None else t.to(device, non_blocking=True) for t in tensors)
 
     def fragments(self) -> Iterator[Fragment]:
-        """Writable views on the fp32 masters and Adam moments that this rank holds."""
+        """Writable views on the fp32 masters and the moments that this rank holds."""
         return fragment_views.fragments(
             self.module,
             self._wrapper,
-            self._adam,
+            self._optimizer,
             stage=self.stage,
             mesh=self.mesh,
         )
@@ -172,7 +169,7 @@ class TrainEngine:
             prepare_weights(self.module)
 
     def _set_hyperparameters(self, lr: float, weight_decay: float) -> None:
-        for group in self._adam.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decayed"] else 0.0
 

@@ -24,7 +24,7 @@ from bitscale.model.collectives import (
     copy_to_group,
     gather_sequence,
 )
-from bitscale.model.norms import RMSNorm
+from bitscale.model.norms import BlendedNorm, RMSNorm
 from bitscale.model.vocabulary import vocabulary_range
 from bitscale.quant.kernels import Kernels, Measure, get_kernels
 from bitscale.quant.kernels.linear import ternary_linear
@@ -317,10 +317,12 @@ def shared_input(
 
 
 def set_strength(model: nn.Module, strength: Strength) -> None:
-    """Give every BitLinear, BitConv2d and head of `model` the λ of this step."""
+    """Give every BitLinear, BitConv2d, head and blended norm of `model` the λ of this step."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear | BitConv2d | Head):
             module.strength = strength
+        elif isinstance(module, BlendedNorm):
+            module.strength = strength.weight
 
 
 def set_kernels(model: nn.Module, name: str, device_type: str) -> None:

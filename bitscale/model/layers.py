@@ -117,7 +117,7 @@ class Attention(nn.Module):
         # Each rank norms its own heads.
         self.q_norm = RMSNorm(self.head_width, m.norm_eps, tp=tp) if m.qk_norm else None
         self.k_norm = RMSNorm(self.head_width, m.norm_eps, tp=tp) if m.qk_norm else None
-        self.sub_norm = make_sub_norm(m.d_model, m.norm_eps, tp) if m.sub_norm else None
+        self.sub_norm = make_sub_norm(m, m.d_model, tp)
 
     def readers(self) -> tuple[nn.Module, ...]:
         """The layers that read the block's normed input."""
@@ -165,7 +165,7 @@ class MLP(nn.Module):
         self.gate = column_linear(m.d_model, m.d_ff, quant, tp, bias) if gated else None
         self.up = column_linear(m.d_model, m.d_ff, quant, tp, bias)
         self.down = row_linear(m.d_ff, m.d_model, quant, tp, has_bias(m, "down"))
-        self.sub_norm = make_sub_norm(m.d_ff, m.norm_eps, tp) if m.sub_norm else None
+        self.sub_norm = make_sub_norm(m, m.d_ff, tp)
 
     def readers(self) -> tuple[nn.Module, ...]:
         """The layers that read the block's normed input."""

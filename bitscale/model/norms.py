@@ -3,6 +3,8 @@
 Shapes: D width.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,7 @@ from bitscale.model.collectives import (
 )
 from bitscale.quant.kernels import Kernels
 from bitscale.quant.kernels.linear import NormedInput, rms_norm_rows
+from bitscale.quant.learned import with_zero_gradient
 
 
 class RMSNorm(nn.Module):
@@ -87,6 +90,43 @@ class _ShardedNorm(torch.autograd.Function):
         return (rstd * (grad - n * mean)).to(x.dtype), None, None, None
 
 
+class BlendedNorm:
+    """A norm that comes in with λ: x + λ (norm(x) − x), which is x itself, bit for bit, at λ = 0.
+
+    Its weight exists from the start, so that the optimizer owns it, and has a gradient of 0 at
+    λ = 0: it stays at 1 and its moments at 0 until the transition begins.
+    """
+
+    strength = 0.0  # λ of the weights, see `set_strength`
+
+    def blend(self, x: Tensor, weight: Tensor | None, norm: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.strength == 0.0:
+            assert weight is not None
+            return with_zero_gradient(x, weight)
+        blended = torch.lerp(x.float(), norm(x).float(), self.strength)
+        return blended.to(x.dtype)
+
+
+class BlendedRMSNorm(BlendedNorm, RMSNorm):
+    """The SubLN that comes in with λ."""
+
+    def forward(
+        self, x: Tensor, codes_by: tuple[Kernels, float] | None = None
+    ) -> Tensor | NormedInput:
+        if self.strength == 1.0:
+            return RMSNorm.forward(self, x, codes_by)
+        assert codes_by is None, "integers are multiplied at λ = 1 only"
+        return self.blend(x, self.weight, lambda x: cast(Tensor, RMSNorm.forward(self, x)))
+
+
+class BlendedShardedRMSNorm(BlendedNorm, ShardedRMSNorm):
+    """Of ranks that share the columns, the SubLN that comes in with λ."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = functools.partial(ShardedRMSNorm.forward, self)
+        return norm(x) if self.strength == 1.0 else self.blend(x, self.weight, norm)
+
+
 class LayerNorm(nn.Module):
     """(x − mean) / sqrt(var + eps) · weight, no bias; without weight it is OLMo-1B's norm."""
 
@@ -108,6 +148,17 @@ def make_norm(m: ModelConfig, tp: TensorGroup = ONE_RANK) -> nn.Module:
     return RMSNorm(m.d_model, m.norm_eps, affine=m.norm_affine, tp=tp)
 
 
-def make_sub_norm(width: int, eps: float, tp: TensorGroup) -> nn.Module:
-    """The SubLN before a projection back into the residual stream."""
-    return RMSNorm(width, eps) if tp.size == 1 else ShardedRMSNorm(width, eps, tp)
+def make_sub_norm(m: ModelConfig, width: int, tp: TensorGroup) -> nn.Module | None:
+    """The SubLN before a projection back into the residual stream, if the model has one."""
+    if not m.sub_norm:
+        return None
+    if m.sub_norm == "transition":
+        if tp.size == 1:
+            return BlendedRMSNorm(width, m.norm_eps)
+        return BlendedShardedRMSNorm(width, m.norm_eps, tp)
+    return RMSNorm(width, m.norm_eps) if tp.size == 1 else ShardedRMSNorm(width, m.norm_eps, tp)
+
+
+def is_sub_norm(parameter_name: str) -> bool:
+    """Whether the parameter is the weight of a SubLN."""
+    return parameter_name.endswith(".sub_norm.weight")

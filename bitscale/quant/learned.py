@@ -60,13 +60,13 @@ def with_scale_gradient(
     return cast(Tensor, out)
 
 
-def with_zero_gradient(w_FD: Tensor, alpha_F: Tensor) -> Tensor:
-    """`w_FD` itself, through which α gets a gradient of 0 instead of none.
+def with_zero_gradient(x: Tensor, parameter: Tensor) -> Tensor:
+    """`x` itself, through which a parameter that has yet to act gets a gradient of 0, not none.
 
     AdamW skips a parameter without a gradient, so that its state would differ from that under
     ZeRO, which keeps all parameters in one flat tensor.
     """
-    return cast(Tensor, _ZeroGradient.apply(w_FD, alpha_F))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _ZeroGradient.apply(x, parameter))  # type: ignore[no-untyped-call]
 
 
 def _ratio(w_FD: Tensor, alpha_F: Tensor, part: CodeSpec) -> Tensor:
@@ -105,11 +105,11 @@ class _ScaleGradient(torch.autograd.Function):
 
 class _ZeroGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, w_FD: Tensor, alpha_F: Tensor) -> Tensor:
-        ctx.save_for_backward(alpha_F)
-        return w_FD.view_as(w_FD)
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, parameter: Tensor) -> Tensor:
+        ctx.save_for_backward(parameter)
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (alpha_F,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grads[0], torch.zeros_like(alpha_F)
+        (parameter,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grads[0], torch.zeros_like(parameter)

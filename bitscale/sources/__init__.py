@@ -38,18 +38,20 @@ def locate(path: Path) -> Path:
     return checkpoint.resolve(path)
 
 
-def open_state(path: Path, cfg: Config) -> StateSource:
+def open_state(path: Path, cfg: Config, *, verify: tuple[int, int] = (0, 1)) -> StateSource:
     """The state at `path`, a result of `locate`, by the names of `cfg`'s model.
 
-    `cfg.model.vocab_size` is set. Raises CheckpointError for a damaged checkpoint, for one of
-    another model, and for a pickle that holds code.
+    `cfg.model.vocab_size` is set; `verify` is checkpoint.Reader's.
+
+    Raises CheckpointError for a damaged checkpoint, for one of another model, and for a pickle
+    that holds code.
     """
     for is_format, reader in _FORMATS:
         if is_format(path):
             return ForeignSource(reader(path), cfg)
     if is_huggingface(path):
         return ForeignSource(open_huggingface(path, cfg.data.seq_len), cfg)
-    return checkpoint.Reader(path)
+    return checkpoint.Reader(path, verify=verify)
 
 
 def _named_by(root: Path) -> list[str]:

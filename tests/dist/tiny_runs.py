@@ -20,6 +20,7 @@ from bitscale.data.batches import Batches, MicroBatch
 from bitscale.data.shards import ShardWriter, TokenShard
 from bitscale.engine import Fragment, TrainEngine
 from bitscale.engine import make_engine as engine_of
+from bitscale.engine.optimizers import make_optimizer
 from bitscale.mesh import Mesh, share_model
 from bitscale.model.bitlinear import bit_linears, set_strength
 from bitscale.model.decoder import Decoder
@@ -42,11 +43,11 @@ SOME_PERSISTENCE = {"zero_optimization": {"stage3_param_persistence_threshold": 
 
 
 class Whole(NamedTuple):
-    """A whole parameter and its Adam state, flat fp32, put together from all ranks."""
+    """A whole parameter and its optimizer state, flat fp32, put together from all ranks."""
 
     master: Tensor
     exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg_sq: Tensor  # 0 if the optimizer has no second moment
     step: int
 
 
@@ -190,7 +191,7 @@ def whole_state(engine: TrainEngine, mesh: Mesh) -> dict[str, Whole]:
             _places(f, shapes[f.name]),
             f.master.clone(),
             f.exp_avg.clone(),
-            f.exp_avg_sq.clone(),
+            torch.zeros_like(f.master) if f.exp_avg_sq is None else f.exp_avg_sq.clone(),
             int(f.step),
         )
         for f in engine.fragments()
@@ -286,19 +287,15 @@ def _start_scales(model: Decoder, masters: dict[str, Tensor]) -> None:
             masters[f"{name}.alpha"].copy_(layer.alpha)
 
 
-def _adam(cfg: Config, masters: dict[str, Tensor], fault: str) -> torch.optim.AdamW:
-    adam = torch.optim.AdamW(
-        [
-            {"params": [m for m in masters.values() if m.ndim >= 2], "decayed": True},
-            {
-                "params": [m for m in masters.values() if m.ndim < 2],
-                "decayed": fault == "decayed norms",
-            },
-        ],
-        lr=0.0,
-        betas=cfg.optim.betas,
-        eps=cfg.optim.eps,
-    )
+def _adam(cfg: Config, masters: dict[str, Tensor], fault: str) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [m for m in masters.values() if m.ndim >= 2], "decayed": True},
+        {
+            "params": [m for m in masters.values() if m.ndim < 2],
+            "decayed": fault == "decayed norms",
+        },
+    ]
+    adam = make_optimizer(cfg.optim, groups, fused=False)
     if fault == "idle first step":
         for master in masters.values():
             master.grad = torch.zeros_like(master)
@@ -337,5 +334,7 @@ def _with_node(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
 
 def _whole(master: Tensor, adam: torch.optim.Optimizer) -> Whole:
     state = adam.state[master]
-    moments = (state["exp_avg"].flatten().clone(), state["exp_avg_sq"].flatten().clone())
+    first = state["exp_avg"].flatten().clone()
+    second = state["exp_avg_sq"].flatten().clone() if "exp_avg_sq" in state else None
+    moments = (first, torch.zeros_like(first) if second is None else second)
     return Whole(master.detach().flatten().clone(), *moments, int(state["step"]))

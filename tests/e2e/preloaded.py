@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -33,10 +33,19 @@ def preload() -> None:
 
 
 class Session:
-    """A training of `num_ranks` forked ranks; a `kill_points.Process`."""
+    """A training of `num_ranks` forked ranks; a `kill_points.Process`.
 
-    def __init__(self, arguments: list[str], num_ranks: int, log: Path) -> None:
-        self._process = _FORK.Process(target=_launch, args=(arguments, num_ranks, log))
+    `prepare(rank)` runs in each rank before it trains: to inject a fault.
+    """
+
+    def __init__(
+        self,
+        arguments: list[str],
+        num_ranks: int,
+        log: Path,
+        prepare: Callable[[int], None] | None = None,
+    ) -> None:
+        self._process = _FORK.Process(target=_launch, args=(arguments, num_ranks, log, prepare))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -57,36 +66,52 @@ class Session:
         self._process.kill()
 
 
-def _launch(arguments: list[str], num_ranks: int, log: Path) -> None:
+def _launch(
+    arguments: list[str], num_ranks: int, log: Path, prepare: Callable[[int], None] | None
+) -> None:
     """What torchrun does: start the ranks, and end the others when one fails."""
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     if num_ranks == 1:
+        if prepare is not None:
+            prepare(0)
         sys.exit(main(["train", *arguments]))
     port = free_port()
     ranks = [
-        _FORK.Process(target=_rank, args=(arguments, rank, num_ranks, port))
+        _FORK.Process(target=_rank, args=(arguments, rank, num_ranks, port, prepare))
         for rank in range(num_ranks)
     ]
     for rank in ranks:
         rank.start()
-    _end_together(ranks)
-    sys.exit(max(abs(rank.exitcode or 0) for rank in ranks))
+    sys.exit(abs(_end_together(ranks)))
 
 
-def _end_together(ranks: Sequence[BaseProcess]) -> None:
-    while any(rank.is_alive() for rank in ranks):
-        if any(rank.exitcode for rank in ranks):
+def _end_together(ranks: Sequence[BaseProcess]) -> int:
+    """The exit code of the first rank that failed; it ends the others."""
+    code = 0
+    while any(rank.is_alive() for rank in ranks) or not code:
+        failed = [rank.exitcode for rank in ranks if rank.exitcode]
+        code = code or next(iter(failed), 0)
+        if failed:
             for rank in ranks:
                 rank.terminate()
                 rank.join(5)
                 rank.kill()
+        elif not any(rank.is_alive() for rank in ranks):
+            break
         time.sleep(0.01)
+    return code
 
 
-def _rank(arguments: list[str], rank: int, num_ranks: int, port: int) -> None:
+def _rank(
+    arguments: list[str],
+    rank: int,
+    num_ranks: int,
+    port: int,
+    prepare: Callable[[int], None] | None,
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -95,4 +120,6 @@ def _rank(arguments: list[str], rank: int, num_ranks: int, port: int) -> None:
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
     }
+    if prepare is not None:
+        prepare(rank)
     sys.exit(main(["train", *arguments]))

@@ -57,6 +57,32 @@ def test_fork_of_a_trunk(finished_run: Path, forked_run: Path) -> None:
     assert [line["step"] for line in events(forked_run, "transition")] == [20]
 
 
+def test_fork_with_sub_norm_from_the_transition_on(
+    config_file: Path, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No other model until then; its weights begin there, the others as if nothing was new."""
+    trunk = finished_run / "checkpoints" / f"step-{TRUNK_STEP:08d}"
+    arguments = (config_file, f"run.dir={tmp_path / 'run'}", "--resume", trunk)
+    fork = ("model.sub_norm=transition", "transition.at.step=12", "train.stop_step=14")
+    # Another optimizer is not taken along unnoticed, and nothing is left behind.
+    lion = ("optim.name=lion", "transition.optimizer_state=keep")
+    assert main(["train", *map(str, arguments), *fork, *lion]) == 2
+    message = capsys.readouterr().err
+    assert 'optim.name is "lion" here and "adamw" in' in message
+    assert "--allow-change optim.name" in message and not (tmp_path / "run").exists()
+
+    train("plain", *arguments, *fork)
+    lines, trunk_lines = metrics(tmp_path / "run", "train"), metrics(finished_run, "train")
+    assert [line["step"] for line in lines] == [11, 12, 13, 14]
+    assert [line["loss"] for line in lines[:2]] == [
+        line["loss"] for line in trunk_lines[TRUNK_STEP : TRUNK_STEP + 2]
+    ]
+    state = Reader(tmp_path / "run/checkpoints/step-00000014")
+    norms = {name: state.read(name, "master", 0, 4) for name in state.meta.shapes}
+    norms = {name: weight for name, weight in norms.items() if "sub_norm" in name}
+    assert len(norms) == 4 and not any(weight.eq(1).any() for weight in norms.values())
+
+
 def test_fork_into_a_run_is_refused(
     config_file: Path, finished_run: Path, forked_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import safe_open
 
 from bitscale import checkpoint
 from bitscale.checkpoint import Meta, Reader
+from bitscale.checkpoint.write import write_safetensors
 from bitscale.engine.fragments import Fragment
 from bitscale.errors import CheckpointError
 from bitscale.mesh import Mesh, single_process_mesh
@@ -79,7 +81,7 @@ def root(tmp_path: Path) -> Path:
 def test_files_and_keys_are_as_documented(root: Path) -> None:
     """docs/checkpoints.md, to the byte."""
     path = save(root)
-    assert sorted(names(list(path.iterdir()))) == ["meta.json", STATE_FILE]
+    assert sorted(names(list(path.iterdir()))) == ["SHA256SUMS", "meta.json", STATE_FILE]
     with safe_open(path / STATE_FILE, framework="pt") as file:
         keys = set(file.keys())
         assert file.get_tensor("w|exp_avg|4").dtype == torch.float32
@@ -93,7 +95,7 @@ def test_files_and_keys_are_as_documented(root: Path) -> None:
     tree = json.loads((path / "meta.json").read_text())
     data = (path / STATE_FILE).read_bytes()
     assert tree == {
-        "format": "bitscale-checkpoint-1",
+        "format": "bitscale-checkpoint-2",
         "step": 1,
         "tokens": 1000,
         "lambda_weight": 0.5,
@@ -108,6 +110,24 @@ def test_files_and_keys_are_as_documented(root: Path) -> None:
         "files": {STATE_FILE: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}},
     }
     assert (root / "latest").read_text() == "step-00000001\n"
+    meta_digest = hashlib.sha256((path / "meta.json").read_bytes()).hexdigest()
+    sums = f"{tree['files'][STATE_FILE]['sha256']}  {STATE_FILE}\n{meta_digest}  meta.json\n"
+    assert (path / "SHA256SUMS").read_text() == sums
+
+
+def test_state_files_have_the_bytes_of_safetensors(tmp_path: Path) -> None:
+    """Its own writer keeps a second copy of everything, and cannot hash on the way."""
+    tensors = {
+        "rng_state": torch.get_rng_state(),
+        "w|master|4": torch.randn(11),
+        "é|exp_avg|0": torch.randn(3, 5)[:, 0].contiguous(),
+        "w|master|0": torch.randn(4),
+        "none": torch.empty(0),
+    }
+    num_bytes, digest = write_safetensors(tmp_path / "state", tensors)
+    content = (tmp_path / "state").read_bytes()
+    assert content == safetensors.torch.save(tensors)
+    assert (num_bytes, digest) == (len(content), hashlib.sha256(content).hexdigest())
 
 
 def test_nothing_else_is_left_behind(root: Path) -> None:
@@ -203,8 +223,26 @@ def damage_meta_encoding(path: Path) -> None:
 
 
 def change_meta(path: Path, **changes: object) -> None:
-    tree = json.loads((path / "meta.json").read_text())
-    (path / "meta.json").write_text(json.dumps(tree | changes))
+    """As if it had been written so: with the right checksum."""
+    tree = json.loads((path / "meta.json").read_text()) | changes
+    content = json.dumps(tree)
+    (path / "meta.json").write_text(content)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    (path / "SHA256SUMS").write_text(f"{digest}  meta.json\n")
+
+
+def flip_bit_of_meta(path: Path) -> None:
+    """`tokens` becomes another number: still JSON, still a Meta."""
+    content = (path / "meta.json").read_bytes()
+    (path / "meta.json").write_bytes(content.replace(b'"tokens": 1000', b'"tokens": 1001'))
+
+
+def remove_sums(path: Path) -> None:
+    (path / "SHA256SUMS").unlink()
+
+
+def empty_sums(path: Path) -> None:
+    (path / "SHA256SUMS").write_text("")
 
 
 def other_format(path: Path) -> None:
@@ -236,6 +274,9 @@ def not_safetensors(path: Path) -> None:
         (damage_meta, r"meta.json: damaged \(.*\); use another checkpoint"),
         (damage_meta_encoding, r"meta.json: damaged \(.*codec.*\); use another checkpoint"),
         (other_format, "meta.json: format 'bitscale-checkpoint-9', this version reads 'bitscale-c"),
+        (flip_bit_of_meta, "meta.json: checksum differs from SHA256SUMS; damaged, or edited by ha"),
+        (remove_sums, "SHA256SUMS: missing; the checkpoint is incomplete: use another checkpoint"),
+        (empty_sums, "meta.json: checksum differs from SHA256SUMS; damaged, or edited by hand"),
         (unknown_field, r"meta.json: damaged \(.*'colour'\); use another checkpoint"),
         (meta_is_a_list, r"meta.json: damaged \(.*\); use another checkpoint"),
         (not_safetensors, rf"{STATE_FILE}: not a safetensors file \(.*\); use another checkpoint"),
@@ -263,6 +304,43 @@ def test_every_flipped_byte_of_the_state_is_noticed(root: Path) -> None:
             Reader(path)
     (path / STATE_FILE).write_bytes(data)
     Reader(path)
+
+
+def test_a_checkpoint_of_the_first_format_is_read(root: Path) -> None:
+    """Written before meta.json had a checksum."""
+    path = save(root)
+    change_meta(path, format="bitscale-checkpoint-1")
+    (path / "SHA256SUMS").unlink()
+    assert Reader(path).meta.format == "bitscale-checkpoint-1"
+    flip_bit(path)
+    with pytest.raises(CheckpointError, match=r"checksum differs from meta\.json"):
+        Reader(path)
+
+
+def test_a_flip_to_the_first_format_does_not_escape_the_checksum(root: Path) -> None:
+    path = save(root)
+    text = (path / "meta.json").read_text()
+    (path / "meta.json").write_text(text.replace("checkpoint-2", "checkpoint-1"))
+    with pytest.raises(CheckpointError, match=r"meta\.json: checksum differs from SHA256SUMS"):
+        Reader(path)
+
+
+def test_ranks_that_open_together_share_the_verification(root: Path) -> None:
+    path = save(root)
+    second = "state-00001-of-00002.safetensors"
+    shutil.copy(path / STATE_FILE, path / second)
+    files = json.loads((path / "meta.json").read_text())["files"]
+    change_meta(path, files=files | {second: files[STATE_FILE]})
+    data = bytearray((path / second).read_bytes())
+    data[-20] ^= 1
+    (path / second).write_bytes(data)
+    Reader(path, verify=(0, 2))
+    for verify in ((1, 2), (0, 1)):
+        with pytest.raises(CheckpointError, match=f"{second}: checksum differs"):
+            Reader(path, verify=verify)
+    (path / second).write_bytes(data[:-1])  # what costs nothing is looked at by every rank
+    with pytest.raises(CheckpointError, match=f"{second}: .* bytes instead of"):
+        Reader(path, verify=(0, 2))
 
 
 @pytest.mark.parametrize(
@@ -298,6 +376,24 @@ def test_optional_parameters_may_be_missing_on_either_side(root: Path) -> None:
     assert int(new.step) == 12  # the largest count in the checkpoint
     with pytest.raises(CheckpointError, match=r"b has shape \[7\] there and none here"):
         reader.restore([w, new], shapes, optional=["new.alpha"])
+
+
+@pytest.mark.parametrize(("kind", "value"), [(0, float("nan")), (2, float("inf"))])
+def test_state_that_is_not_finite_is_refused(root: Path, kind: int, value: float) -> None:
+    saved = torch.ones(3, 2)
+    saved[kind, 1] = value
+    meta = replace(meta_at(1), shapes={"w": [2]})
+    path = checkpoint.save(
+        root,
+        meta,
+        [fragment("w", 0, saved)],
+        single_process_mesh("cpu"),
+        rng_state=torch.get_rng_state(),
+    )
+    target = fragment("w", 0, torch.zeros(3, 2))
+    name = ("master", "exp_avg", "exp_avg_sq")[kind]
+    with pytest.raises(CheckpointError, match=rf"w \({name}\) holds NaN or infinity; resume fr"):
+        Reader(path).restore([target], {"w": [2]})
 
 
 def test_elements_that_no_rank_saved_are_missed(root: Path) -> None:
@@ -358,6 +454,19 @@ def test_latest_that_names_a_missing_one_is_refused(root: Path) -> None:
     assert checkpoint.resolve(root) == root / "step-00000001"
 
 
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [(b"", "''"), (b"\n", "''"), (b"\xff\x00junk", r"'\ufffd\x00junk'"), (b"../x", "'../x'")],
+)
+def test_latest_that_holds_no_name_is_refused(root: Path, content: bytes, shown: str) -> None:
+    save(root, 1)
+    (root / "latest").write_bytes(content)
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.latest_checkpoint(root)
+    assert str(error.value).startswith(f"{root}/latest holds {shown}, which is not a checkpoint's")
+    assert "['step-00000001'] into it, or delete it" in str(error.value)
+
+
 def test_a_kill_between_rename_and_pointer_leaves_the_older_one_in_force(root: Path) -> None:
     first = save(root, 1)
     save(root, 2, seed=1)
@@ -380,7 +489,7 @@ def test_leftovers_of_killed_saves_are_ignored_and_cleaned(root: Path) -> None:
     assert checkpoint.latest_checkpoint(root) == first
 
     second = save(root, 2)  # over its own leftover
-    assert sorted(names(list(second.iterdir()))) == ["meta.json", STATE_FILE]
+    assert sorted(names(list(second.iterdir()))) == ["SHA256SUMS", "meta.json", STATE_FILE]
     checkpoint.prune(root, keep_last=2, keep_every=0)
     assert sorted(names(list(root.iterdir()))) == [
         "latest",
@@ -406,6 +515,26 @@ def test_prune(root: Path, keep_last: int, keep_every: int, kept: list[int]) -> 
     checkpoint.prune(root, keep_last, keep_every)
     assert names(checkpoint.list_checkpoints(root)) == [f"step-{step:08d}" for step in kept]
     assert checkpoint.latest_checkpoint(root) == root / "step-00000060"
+
+
+def test_only_checkpoints_are_pruned(root: Path) -> None:
+    """A copy by hand stays; one that was moved away, and linked to, loses the link only."""
+    moved = root.parent / "moved"
+    shutil.move(save(root, 1), moved)
+    (root / "step-00000001").symlink_to(moved)
+    shutil.copytree(save(root, 2), root / "step-best")
+    assert names(checkpoint.list_checkpoints(root)) == ["step-00000001", "step-00000002"]
+    dict(Reader(root / "step-00000001").parameters())
+    checkpoint.prune(root, keep_last=1, keep_every=0)
+    assert sorted(names(list(root.iterdir()))) == ["latest", "step-00000002", "step-best"]
+    dict(Reader(moved).parameters())
+
+
+def test_steps_beyond_eight_digits_come_last(root: Path) -> None:
+    for step in (99_999_999, 100_000_000):
+        save(root, step)
+    assert names(checkpoint.list_checkpoints(root)) == ["step-99999999", "step-100000000"]
+    assert checkpoint.rewind(root, root / "step-99999999") == [root / "step-100000000"]
 
 
 def test_rewind_keeps_later_ones_aside(root: Path) -> None:

@@ -176,6 +176,7 @@ def changed(value: Any, key: str) -> Any:
         "train.global_batch_size": 12,
         "train.steps": 101,
         "train.stop_step": 51,
+        "optim.name": "lion",
         "optim.schedule": "linear",
         "transition.ramp.shape": "cosine",
         "transition.activation_ramp.shape": "paper",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bitscale.config import ScaledMoments
 from bitscale.engine.fragments import Fragment
 from bitscale.transition import apply_optimizer_policy
 
@@ -56,6 +57,39 @@ def test_moments_after_the_policy(
             state["exp_avg_sq"], second if keeps_second else torch.zeros_like(second)
         )
         assert int(state["step"]) == step
+
+
+def test_scaled_moments_are_those_of_gradients_that_were_f_times_as_large() -> None:
+    """f on the first and f² on the second: what Adam would hold had every gradient been f g."""
+    parameters, adam = make_adam()
+    apply_optimizer_policy(fragments(parameters, adam), ScaledMoments(scale=0.25))
+    torch.manual_seed(0)
+    twins = [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(5))]
+    twin = torch.optim.AdamW(twins, lr=0.1)
+    for _ in range(3):
+        for parameter in twins:
+            parameter.grad = 0.25 * torch.randn_like(parameter)
+        twin.step()
+    for ours, theirs in zip(parameters, twins, strict=True):
+        # A power of two: exact, but for Adam's eps, which is not in the moments.
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(adam.state[ours][moment], twin.state[theirs][moment])
+        assert int(adam.state[ours]["step"]) == 3
+
+
+def test_an_optimizer_with_one_moment() -> None:
+    """`reset` and `scale` leave nothing out, and ask for no second moment."""
+    for policy, expected, step in (
+        ("keep", 2.0, 7),
+        ("reset", 0.0, 0),
+        (ScaledMoments(scale=0.5), 1.0, 7),
+    ):
+        master, momentum, count = torch.full((3,), 0.7), torch.full((3,), 2.0), torch.tensor(7.0)
+        fragment = Fragment("w", 0, master, momentum, None, count)
+        assert list(fragment.moments()) == ["exp_avg"]
+        apply_optimizer_policy([fragment], policy)
+        assert momentum.tolist() == [expected] * 3 and int(count) == step
+        assert master.tolist() == torch.full((3,), 0.7).tolist()
 
 
 def test_reset_makes_the_next_update_that_of_a_new_optimizer() -> None:

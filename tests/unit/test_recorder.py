@@ -123,6 +123,17 @@ def test_a_fresh_run_refuses_an_existing_file(tmp_path: Path) -> None:
         open_recorder(tmp_path)
 
 
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    recorder = open_recorder(tmp_path)
+    recorder._file = Path("/dev/full").open("a", encoding="utf-8")  # noqa: SIM115
+    with pytest.raises(DataError) as error:
+        recorder.train([record(1)])
+    assert str(error.value) == (
+        "/dev/full: cannot be written (No space left on device); make room or mend the file "
+        "system, then continue with --resume auto"
+    )
+
+
 def test_a_disabled_recorder_writes_nothing(tmp_path: Path) -> None:
     recorder = Recorder(
         tmp_path / "run", enabled=False, resume_step=None, num_steps=1, tensorboard=True

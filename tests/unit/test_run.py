@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from bitscale import __version__, run
-from bitscale.config import Config, load_config
+from bitscale.checkpoint import Meta
+from bitscale.config import Config, load_config, to_tree
 from bitscale.errors import CheckpointError, ConfigError, DataError
 
 pytestmark = pytest.mark.unit
@@ -302,3 +303,71 @@ def test_versions_name_what_can_change_numbers() -> None:
     assert versions["bitscale"] == __version__
     assert {"python", "torch", "deepspeed", "megatron-core", "numpy"} <= versions.keys()
     assert all(versions.values())
+
+
+# --- Another optimizer, or SubLN from the transition on ---
+
+
+def meta_of(cfg: Config, step: int, lambda_weight: float = 0.0) -> Meta:
+    model = json.dumps(cfg.model.sub_norm)
+    return Meta(
+        step=step,
+        tokens=0,
+        lambda_weight=lambda_weight,
+        lambda_activation=lambda_weight,
+        config=to_tree(cfg),
+        config_hash="",
+        identity={"model.sub_norm": model, "model.d_model": "64"},
+        shapes={},
+        world_size=1,
+        versions={},
+    )
+
+
+def test_another_optimizer_names_both_sides(make_config: MakeConfig) -> None:
+    trunk, lion = make_config(), make_config("optim.name=lion", "transition.at.step=7")
+    meta, where = meta_of(trunk, step=7), Path("trunk/step-7")
+    assert run.check_optimizer(trunk, meta, where, ()) == []
+    with pytest.raises(CheckpointError) as error:
+        run.check_optimizer(lion, meta, where, ["model"])
+    for part in ('"lion" here', '"adamw" in trunk/step-7', "--allow-change optim.name", "fresh"):
+        assert part in str(error.value)
+    for allowed in ("optim", "optim.name"):
+        (difference,) = run.check_optimizer(lion, meta, where, [allowed])
+        assert "its moments are left behind" in difference
+    # A reset at that very step discards them anyway; a step later it would not.
+    reset = make_config(
+        "optim.name=lion", "transition.at.step=7", "transition.optimizer_state=reset"
+    )
+    assert run.check_optimizer(reset, meta, where, ())
+    with pytest.raises(CheckpointError):
+        run.check_optimizer(reset, meta_of(trunk, step=8), where, ())
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_is_adamws(make_config: MakeConfig) -> None:
+    cfg = make_config()
+    meta = meta_of(cfg, step=7)
+    del meta.config["optim"]["name"]
+    assert run.check_optimizer(cfg, meta, Path("old"), ()) == []
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "step", "lambda_weight", "waits"),
+    [
+        ("transition", "false", 7, 0.0, True),
+        ("transition", "false", 6, 0.0, True),
+        ("false", "transition", 7, 0.0, True),
+        ("transition", "false", 8, 0.0, False),  # it should have begun
+        ("transition", "false", 7, 1.0, False),  # a ternary run without it
+        ("true", "false", 7, 0.0, False),
+        ("true", "transition", 7, 0.0, False),
+    ],
+)
+def test_a_sub_norm_that_waits_makes_no_other_model(
+    ours: str, theirs: str, step: int, lambda_weight: float, waits: bool, make_config: MakeConfig
+) -> None:
+    cfg = make_config(f"model.sub_norm={ours}", "transition.at.step=7")
+    meta = meta_of(make_config(f"model.sub_norm={theirs}"), step, lambda_weight)
+    assert run.sub_norms_wait(cfg, meta) is waits
+    here = {"model.sub_norm": json.dumps(cfg.model.sub_norm), "model.d_model": "64"}
+    assert (run.identity_for(cfg, meta) == here) is waits

@@ -1,0 +1,70 @@
+"""The optimizers that DeepSpeed's ZeRO can run: what they update, element by element, may be cut
+into flat pieces anywhere."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitscale.config import OptimConfig
+
+
+class Lion(torch.optim.Optimizer):
+    """Sign of an interpolated momentum, with decoupled weight decay (arXiv:2302.06675, alg. 2).
+
+        w ← w − lr (sign(β1 m + (1 − β1) g) + decay · w);   m ← β2 m + (1 − β2) g
+
+    One moment (`exp_avg`), fp32. Where gradient and momentum are 0 nothing moves but the decay.
+    """
+
+    def __init__(
+        self, params: Any, *, lr: float, betas: tuple[float, float], weight_decay: float
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        momentum = state["exp_avg"]
+        direction = torch.lerp(grad, momentum, beta1).sign_()
+        parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+        parameter.add_(direction, alpha=-group["lr"])
+        momentum.lerp_(grad, 1.0 - beta2)
+
+
+# What each optimizer keeps for every element of a parameter, besides a step count.
+MOMENTS_OF = {"adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",)}
+
+
+def make_optimizer(
+    optim: OptimConfig, groups: list[dict[str, Any]], *, fused: bool
+) -> torch.optim.Optimizer:
+    """The optimizer `optim.name` over parameter groups.
+
+    lr 0: DeepSpeed steps once on zero gradients at start-up in some modes, and weight decay would
+    then change the weights. Every real step sets its own lr.
+    """
+    if optim.name == "lion":
+        return Lion(groups, lr=0.0, betas=optim.betas, weight_decay=0.0)
+    assert optim.name == "adamw", "the others are refused by the configuration check"
+    return torch.optim.AdamW(
+        groups, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=0.0, fused=fused
+    )
