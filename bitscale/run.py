@@ -95,7 +95,7 @@ class Comparison(NamedTuple):
     """This run and what it continues from."""
 
     differences: list[str]  # allowed ones
-    unstated: list[str]  # keys of the identity of which a foreign checkpoint says nothing
+    notes: list[str]  # of a foreign checkpoint: what it is, and what it does not say
 
 
 def compare(
@@ -114,7 +114,7 @@ def compare(
         differences += check_optimizer(cfg, source.meta, source.path, allowed)
         return Comparison(differences, [])
     theirs = source.meta.identity
-    unstated = [key for key in ours if key not in theirs]
+    notes = _notes(source, ours)
     step = source.meta.step
     ours = {key: ours.get(key, "null") for key in theirs}
     if "data.position" in theirs:
@@ -128,10 +128,20 @@ def compare(
     differences = check_identity(ours, theirs, source.path, allowed)
     if source.has_optimizer_state:
         differences += check_optimizer(cfg, source.meta, source.path, allowed)
-    return Comparison(differences, unstated)
+    return Comparison(differences, notes)
 
 
-def sections(keys: Collection[str], all_keys: Collection[str]) -> list[str]:
+def _notes(source: ForeignSource, ours: Mapping[str, str]) -> list[str]:
+    notes = [f"it is a {source.tensors.format} checkpoint"]
+    if not source.has_optimizer_state:
+        notes.append("it holds weights only: Adam's moments and step counts start at 0")
+    unstated = [key for key in ours if key not in source.meta.identity]
+    if unstated:
+        notes.append(f"not stated by {source.path}: {', '.join(_in_sections(unstated, ours))}")
+    return notes
+
+
+def _in_sections(keys: Collection[str], all_keys: Collection[str]) -> list[str]:
     """`keys` in fewer words: a section of which none of `all_keys` is left out is named once."""
     shown = []
     for key in keys:

@@ -53,7 +53,7 @@ from bitscale.recorder import (
     format_duration,
     progress_line,
 )
-from bitscale.sources import ForeignSource, StateSource, open_state
+from bitscale.sources import StateSource, open_state
 from bitscale.telemetry import TernaryTelemetry
 from bitscale.transition import begin_transition
 
@@ -269,11 +269,10 @@ def _announce(session: _Session, reader: StateSource | None, comparison: run.Com
         "world_size": mesh.world_size,
         "versions": run.versions(),
         "differences": comparison.differences,
+        "notes": comparison.notes,
     }
     event = "start" if reader is None else "resume"
-    source: dict[str, object] = {} if reader is None else {"checkpoint": str(reader.path)}
-    if isinstance(reader, ForeignSource):
-        source |= {"format": reader.tensors.format, "not_stated": comparison.unstated}
+    source = {} if reader is None else {"checkpoint": str(reader.path)}
     session.recorder.event(step, batches.tokens_seen(step), event, **details, **source)
     shapes = session.engine.parameter_shapes()
     ternary = session.engine.ternary_weights()
@@ -287,19 +286,8 @@ def _announce(session: _Session, reader: StateSource | None, comparison: run.Com
     )
     if reader is not None:
         session.say(f"resumed from {reader.path} at step {step}")
-    if isinstance(reader, ForeignSource):
-        _announce_foreign(session, reader, comparison.unstated)
-    for difference in comparison.differences:
-        session.say(f"allowed change: {difference}")
-
-
-def _announce_foreign(session: _Session, source: ForeignSource, unstated: list[str]) -> None:
-    session.say(f"it is a {source.tensors.format} checkpoint")
-    if not source.has_optimizer_state:
-        session.say("it holds weights only: Adam's moments and step counts start at 0")
-    if unstated:
-        keys = ", ".join(run.sections(unstated, session.identity))
-        session.say(f"not stated by {source.path}: {keys}")
+    for line in (*comparison.notes, *(f"allowed change: {d}" for d in comparison.differences)):
+        session.say(line)
 
 
 def _layout(cfg: Config) -> str:

@@ -217,17 +217,23 @@ def test_a_moment_of_another_shape_is_damage(make_config: MakeConfig) -> None:
 OURS = {"model.norm_eps": "1e-05", "data.seq_len": "16", "data.seed": "0", "tokenizer": "abc"}
 
 
-def compared(cfg: Config, stated: dict[str, str], *allowed: str, step: int = 8) -> run.Comparison:
-    source = ForeignSource(tensors_of(cfg, stated=stated, step=step)[0], cfg)
+def compared(cfg: Config, stated: dict[str, str], *allowed: str, **changes: Any) -> run.Comparison:
+    source = ForeignSource(tensors_of(cfg, stated=stated, **changes)[0], cfg)
     return run.compare(cfg, OURS, source, allowed)
 
 
 def test_what_is_not_stated_is_listed_and_needs_no_leave(make_config: MakeConfig) -> None:
     found = compared(make_config(VOCAB), {"data.seq_len": "16", "data.position": "64 sequences"})
-    assert found == run.Comparison([], ["model.norm_eps", "data.seed", "tokenizer"])
-    assert run.sections(found.unstated, OURS) == ["model.norm_eps", "data.seed", "tokenizer"]
-    nothing = compared(make_config(VOCAB), {})
-    assert run.sections(nothing.unstated, OURS) == ["model.norm_eps", "data.*", "tokenizer"]
+    assert found.differences == []
+    assert found.notes == [
+        "it is a test checkpoint",
+        f"not stated by {WHERE}: model.norm_eps, data.seed, tokenizer",
+    ]
+    nothing = compared(make_config(VOCAB), {}, adam_steps={})
+    assert nothing.notes[1:] == [
+        "it holds weights only: Adam's moments and step counts start at 0",
+        f"not stated by {WHERE}: model.norm_eps, data.*, tokenizer",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -267,6 +273,13 @@ def test_a_transition_before_the_checkpoint_is_refused(make_config: MakeConfig) 
     )
     assert len(compared(early, {}, "transition.at").differences) == 1
     assert compared(make_config(VOCAB, "transition.at={step: 8}"), {}).differences == []
+
+
+def test_another_optimizer_is_named_unless_there_is_no_state(make_config: MakeConfig) -> None:
+    lion = make_config(VOCAB, "optim.name=lion")
+    with pytest.raises(CheckpointError, match=r'^optim\.name is "lion" here and "adamw" in'):
+        compared(lion, {})
+    assert compared(lion, {}, adam_steps={}).differences == []
 
 
 # --- torch's distributed checkpoints ---
