@@ -91,6 +91,66 @@ def check_identity(
     return differences
 
 
+class Comparison(NamedTuple):
+    """This run and what it continues from."""
+
+    differences: list[str]  # allowed ones
+    notes: list[str]  # of a foreign checkpoint: what it is, and what it does not say
+
+
+def compare(
+    cfg: Config, ours: Mapping[str, str], source: StateSource, allowed: Collection[str]
+) -> Comparison:
+    """Hold `ours`, the identity of `cfg`, against what `source` says of itself.
+
+    Our own checkpoints say everything. Of a foreign one only what it says is compared, and the
+    position in the data and in the transition; nothing else needs to be allowed.
+
+    Raises CheckpointError for a difference that is not in `allowed`.
+    """
+    if not isinstance(source, ForeignSource):
+        theirs = identity_for(cfg, source.meta)
+        differences = check_identity(ours, theirs, source.path, allowed)
+        differences += check_optimizer(cfg, source.meta, source.path, allowed)
+        return Comparison(differences, [])
+    theirs = source.meta.identity
+    notes = _notes(source, ours)
+    step = source.meta.step
+    ours = {key: ours.get(key, "null") for key in theirs}
+    if "data.position" in theirs:
+        ours["data.position"] = f"{step * cfg.train.global_batch_size} sequences"
+    start = transition_step(cfg)
+    if start is not None and start < step:
+        # Its weights are 16-bit ones for all that is known: λ would jump, and the policy for
+        # the optimizer's state never act.
+        ours["transition.at"] = f"step {start}"
+        theirs = dict(theirs) | {"transition.at": f"step {step} or later"}
+    differences = check_identity(ours, theirs, source.path, allowed)
+    if source.has_optimizer_state:
+        differences += check_optimizer(cfg, source.meta, source.path, allowed)
+    return Comparison(differences, notes)
+
+
+def _notes(source: ForeignSource, ours: Mapping[str, str]) -> list[str]:
+    notes = [f"it is a {source.tensors.format} checkpoint"]
+    if not source.has_optimizer_state:
+        notes.append("it holds weights only: Adam's moments and step counts start at 0")
+    unstated = [key for key in ours if key not in source.meta.identity]
+    if unstated:
+        notes.append(f"not stated by {source.path}: {', '.join(_in_sections(unstated, ours))}")
+    return notes
+
+
+def _in_sections(keys: Collection[str], all_keys: Collection[str]) -> list[str]:
+    """`keys` in fewer words: a section of which none of `all_keys` is left out is named once."""
+    shown = []
+    for key in keys:
+        section = key.split(".")[0]
+        whole = {other for other in all_keys if other.split(".")[0] == section}
+        shown.append(f"{section}.*" if len(whole) > 1 and whole <= set(keys) else key)
+    return list(dict.fromkeys(shown))
+
+
 def identity_for(cfg: Config, meta: checkpoint.Meta) -> dict[str, str]:
     """The checkpoint's identity as a run of `cfg` compares it: a SubLN that has yet to begin to act
     makes no other model of a trunk without one."""
@@ -130,52 +190,6 @@ def check_optimizer(
             "--allow-change optim.name to go on with fresh moments"
         )
     return [f"{text}: its moments are left behind"]
-
-
-class Comparison(NamedTuple):
-    """This run and what it continues from."""
-
-    differences: list[str]  # allowed ones
-    unstated: list[str]  # keys of the identity of which a foreign checkpoint says nothing
-
-
-def compare(
-    cfg: Config, ours: Mapping[str, str], source: StateSource, allowed: Collection[str]
-) -> Comparison:
-    """Hold `ours`, the identity of `cfg`, against what `source` says of itself.
-
-    Our own checkpoints say everything. Of a foreign one only what it says is compared, and the
-    position in the data and in the transition; nothing else needs to be allowed.
-
-    Raises CheckpointError for a difference that is not in `allowed`.
-    """
-    differences = check_optimizer(cfg, source.meta, source.path, allowed)
-    theirs = identity_for(cfg, source.meta)
-    if not isinstance(source, ForeignSource):
-        return Comparison(check_identity(ours, theirs, source.path, allowed) + differences, [])
-    unstated = [key for key in ours if key not in theirs]
-    step = source.meta.step
-    ours = {key: value for key, value in ours.items() if key in theirs}
-    if "data.position" in theirs:
-        ours["data.position"] = f"{step * cfg.train.global_batch_size} sequences"
-    start = transition_step(cfg)
-    if start is not None and start < step:
-        # Its weights are 16-bit ones for all that is known: λ would jump, and the policy for
-        # the optimizer's state never act.
-        ours["transition.at"] = f"step {start}"
-        theirs = dict(theirs) | {"transition.at": f"step {step} or later"}
-    differences = check_identity(ours, theirs, source.path, allowed) + differences
-    return Comparison(differences, unstated)
-
-
-def sections(keys: Collection[str], all_keys: Collection[str]) -> list[str]:
-    """`keys` in fewer words: a section of which none of `all_keys` is left out is named once."""
-    shown = []
-    for key in keys:
-        section = key.split(".")[0]
-        whole = {other for other in all_keys if other.split(".")[0] == section}
-        shown.append(f"{section}.*" if len(whole) > 1 and whole <= set(keys) else key)
-    return list(dict.fromkeys(shown))
 
 
 def find_resume(cfg: Config, resume: str | None) -> Path | None:

@@ -48,7 +48,7 @@ from bitscale.optim import learning_rate, weight_decay
 from bitscale.preemption import StopRequest
 from bitscale.quant.schedule import Strength, quant_strength
 from bitscale.recorder import Recorder, ValidRecord, format_count, format_duration
-from bitscale.sources import ForeignSource, StateSource, open_source
+from bitscale.sources import StateSource, open_state
 from bitscale.telemetry import TernaryTelemetry
 from bitscale.transition import begin_transition
 
@@ -104,10 +104,11 @@ def _train(
     identity = run.identity(cfg, corpora)
     resume_from = run.find_resume(cfg, resume)
     reader = None
+    comparison = run.Comparison([], [])
     if resume_from is not None:
         # Each rank verifies its share of the files.
         ranks = (rank_from_environment(), world_size_from_environment())
-        reader = open_source(resume_from, cfg, verify=ranks)
+        reader = open_state(resume_from, cfg, verify=ranks)
     amendments = guard.load_amendments(Path(cfg.run.dir), reader)
     comparison = run.Comparison([], [])
     if reader is not None:
@@ -320,11 +321,10 @@ def _announce(session: _Session, reader: StateSource | None, comparison: run.Com
         "world_size": mesh.world_size,
         "versions": run.versions(),
         "differences": comparison.differences,
+        "notes": comparison.notes,
     }
     event = "start" if reader is None else "resume"
-    source: dict[str, object] = {} if reader is None else {"checkpoint": str(reader.path)}
-    if isinstance(reader, ForeignSource):
-        source |= {"format": reader.tensors.format, "not_stated": comparison.unstated}
+    source = {} if reader is None else {"checkpoint": str(reader.path)}
     session.recorder.event(step, batches.tokens_seen(step), event, **details, **source)
     shapes = session.engine.parameter_shapes()
     ternary = session.engine.ternary_weights()
@@ -340,19 +340,10 @@ def _announce(session: _Session, reader: StateSource | None, comparison: run.Com
         session.say(f"resumed from {reader.path} at step {step}")
     for amendment in session.amendments:
         session.say(f"in force: {_amendment_summary(amendment)}")
-    if isinstance(reader, ForeignSource):
-        _announce_foreign(session, reader, comparison.unstated)
+    for line in comparison.notes:
+        session.say(line)
     for difference in comparison.differences:
         session.say(f"allowed change: {difference}")
-
-
-def _announce_foreign(session: _Session, source: ForeignSource, unstated: list[str]) -> None:
-    session.say(f"it is a {source.tensors.format} checkpoint")
-    if not source.has_optimizer_state:
-        session.say("it holds weights only: Adam's moments and step counts start at 0")
-    if unstated:
-        keys = ", ".join(run.sections(unstated, session.identity))
-        session.say(f"not stated by {source.path}: {keys}")
 
 
 def _layout(cfg: Config) -> str:

@@ -26,7 +26,7 @@ class StateSource(ABC):
     ) -> Tensor:
         """fp32 [numel]: elements [start, start + numel) of parameter `name`, or of its `shard`.
 
-        `kind` is "master", "exp_avg" or "exp_avg_sq".
+        `kind` is "master", "exp_avg" or "exp_avg_sq" (fragments.MOMENTS).
         """
 
     @abstractmethod
@@ -70,15 +70,16 @@ class StateSource(ABC):
                 fragment.step.fill_(max(self.meta.adam_steps.values()))
                 continue
             for kind, view in views(fragment).items():
-                if kind == "master" or moments:
-                    start, numel, shard = fragment.start, fragment.numel, fragment.shard
-                    values = self.read(fragment.name, kind, start, numel, shard)
-                    if not values.isfinite().all():
-                        raise CheckpointError(
-                            f"{self.path}: {fragment.name} ({kind}) holds NaN or infinity; resume "
-                            "from an earlier checkpoint"
-                        )
-                    view.copy_(values)
+                if kind != "master" and not moments:
+                    continue
+                start, numel, shard = fragment.start, fragment.numel, fragment.shard
+                values = self.read(fragment.name, kind, start, numel, shard)
+                if not values.isfinite().all():
+                    raise CheckpointError(
+                        f"{self.path}: {fragment.name} ({kind}) holds NaN or infinity; resume "
+                        "from an earlier checkpoint"
+                    )
+                view.copy_(values)
             if moments:
                 fragment.step.fill_(self.meta.adam_steps[fragment.name])
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from bitscale.checkpoint import Meta
 from bitscale.checkpoint.source import StateSource
 from bitscale.config import Config, tokens_per_step
-from bitscale.convert.loaded import decoder_on_meta
+from bitscale.convert.model_source import parameter_shapes
 from bitscale.errors import CheckpointError
 from bitscale.model.collectives import ParameterShard
 from bitscale.sources.names import Place, find_places, tied_copies
@@ -45,8 +45,7 @@ class ForeignSource(StateSource):
 
     def __init__(self, tensors: Tensors, cfg: Config) -> None:
         self.path, self.tensors = tensors.path, tensors
-        model = decoder_on_meta(cfg.model, cfg.quant)
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        shapes = parameter_shapes(cfg.model, cfg.quant)
         self._places = find_places(shapes, tensors.shapes, cfg.model, tensors.path)
         self._last: tuple[tuple[str, str], Tensor] | None = None
         for copy, original in tied_copies(tensors.shapes) if cfg.model.tie_embeddings else ():

@@ -20,6 +20,7 @@ from bitscale.config import ModelConfig
 from bitscale.convert.names import to_huggingface
 from bitscale.errors import CheckpointError
 from bitscale.model.bitlinear import is_scale
+from bitscale.model.norms import is_sub_norm
 
 Shape = tuple[int, ...]
 _LISTED = 6  # names in an error
@@ -50,7 +51,7 @@ def find_places(
 ) -> dict[str, Place]:
     """Where each parameter of `shapes` is among the tensors of `theirs`.
 
-    Learned scales may be missing: they begin with the transition.
+    What begins with the transition may be missing: learned scales, and SubLN that waits for it.
 
     Raises CheckpointError for other shapes, and then for missing and unexpected tensors.
     """
@@ -65,7 +66,13 @@ def find_places(
                 f"{path}: {place.tensor} has shape {list(found)} there and {list(place.shape)} "
                 f"here ({name}); set the model section to the checkpoint's{_padding(name, found)}"
             )
-    required = [p.tensor for n, p in places.items() if p.tensor not in theirs and not is_scale(n)]
+    missing = [name for name, place in places.items() if place.tensor not in theirs]
+    waits = m.sub_norm == "transition"
+    required = [
+        places[name].tensor
+        for name in missing
+        if not is_scale(name) and not (waits and is_sub_norm(name))
+    ]
     used = {place.tensor for place in places.values()}
     spare = dict(tied_copies(theirs)) if m.tie_embeddings else {}
     unexpected = [t for t in theirs if t not in used | spare.keys() and not _IGNORED.search(t)]

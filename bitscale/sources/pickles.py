@@ -5,15 +5,21 @@ of the names a file holds, those of tensors are PyTorch's own, those in the call
 `Inert` (a record of what the file says of the object), and any other name refuses the file.
 """
 
+import contextlib
 import fnmatch
 import pickle
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO, NoReturn, Self
 
 import torch
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import (
+    add_safe_globals,
+    clear_safe_globals,
+    get_safe_globals,
+    get_unsafe_globals_in_checkpoint,
+)
 
 from bitscale.errors import CheckpointError
 
@@ -57,19 +63,20 @@ def load_tensors(file: Path | BinaryIO, where: Path, harmless: Collection[str] =
     Raises CheckpointError for anything else in it than tensors and plain values.
     """
     try:
-        found = get_unsafe_globals_in_checkpoint(file)
-        for name in found:
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in harmless):
-                _refuse(where, name)
-        if not isinstance(file, Path):
-            file.seek(0)
-        stand_ins: list[Any] = [(_inert_class(name), name) for name in found]
-        with safe_globals(stand_ins):
+        with _no_safe_globals():
+            found = get_unsafe_globals_in_checkpoint(file)
+            for name in found:
+                if not any(fnmatch.fnmatchcase(name, pattern) for pattern in harmless):
+                    _refuse(where, name)
+            if not isinstance(file, Path):
+                file.seek(0)
+            add_safe_globals([(_inert_class(name), name) for name in found])
             return torch.load(
                 file, map_location="cpu", weights_only=True, mmap=isinstance(file, Path) or None
             )
     except UnpicklingError as error:
-        reason = " ".join(str(error).split()).split(". ")[0]
+        # torch.load wraps the reason into advice on how to run the code after all.
+        reason = " ".join(str(error.__context__ or error).split())
         raise CheckpointError(
             f"{where}: refused, its pickle holds more than tensors ({reason[:200]}); "
             "use a checkpoint of plain tensors"
@@ -82,6 +89,19 @@ def load_tensors(file: Path | BinaryIO, where: Path, harmless: Collection[str] =
             f"{where}: not a readable torch.save file ({reason}); truncated or foreign: "
             "use another checkpoint"
         ) from error
+
+
+@contextlib.contextmanager
+def _no_safe_globals() -> Iterator[None]:
+    """Without the classes that other libraries have declared safe in this process; as before
+    afterwards."""
+    kept = get_safe_globals()
+    clear_safe_globals()
+    try:
+        yield
+    finally:
+        clear_safe_globals()
+        add_safe_globals(kept)
 
 
 def _refuse(where: Path, name: str) -> NoReturn:

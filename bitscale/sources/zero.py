@@ -45,8 +45,8 @@ class _Piece(NamedTuple):
 
 
 def is_zero(path: Path) -> bool:
-    """Whether `path` is a directory that `engine.save_checkpoint` wrote at ZeRO 1, 2 or 3."""
-    return path.is_dir() and any(_OPTIMIZER_FILE.fullmatch(file.name) for file in path.iterdir())
+    """Whether `path` is a directory that `engine.save_checkpoint` wrote."""
+    return path.is_dir() and any(path.glob("*mp_rank_*_states.pt"))
 
 
 def open_zero(path: Path) -> Tensors:
@@ -124,6 +124,11 @@ def _optimizer_files(path: Path) -> list[Path]:
             )
         if match:
             found[int(match[1])] = file
+    if not found:
+        raise CheckpointError(
+            f"{path}: no *_optim_states.pt, so of ZeRO stage 0, which keeps Adam's state by number "
+            "and not by name; load it with DeepSpeed at stage 1 and save it once"
+        )
     return [found[rank] for rank in sorted(found)]
 
 
