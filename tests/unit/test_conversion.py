@@ -1,8 +1,8 @@
 """Between precisions: latents of codes, the rounding baseline, certificates, verify."""
 
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 from bitscale.cli.export import FORMATS
 from bitscale.cli.main import main
 from bitscale.config import Config, QuantConfig, quant_spec
-from bitscale.convert import open_source
+from bitscale.convert import load_model, open_source
 from bitscale.convert.certificate import read_certificate
 from bitscale.convert.formats import WRITERS, ExportOptions, export
 from bitscale.convert.latents import latents_of_codes
 from bitscale.convert.model_source import dequantized
 from bitscale.convert.to_checkpoint import write_checkpoint
 from bitscale.convert.verify import verify
-from bitscale.errors import CheckpointError
+from bitscale.data.tokenizer import load_tokenizer
+from bitscale.errors import CheckpointError, DataError
 from bitscale.quant.quantizer import quantize
 from bitscale.quant.reference import Ternary, ternarize
 from bitscale.quant.schedule import SIXTEEN_BIT
@@ -256,16 +257,35 @@ def test_verify_command(
     assert "missing: no checkpoint here" in capsys.readouterr().err
 
 
-def test_verify_perplexity(ternary: Path, tmp_path: Path, corpus: Path) -> None:
-    """On a text, by the tokenizer beside the model: the loss of both, computed independently."""
-    source = open_source(ternary)
+def test_verify_perplexity(
+    make_config: MakeConfig, ternary: Path, tmp_path: Path, corpus: Path
+) -> None:
+    """On a text, by the tokenizer beside the model; the loss is that of the model, worked out by
+    hand, and the same in both forms."""
     text = tmp_path / "text.txt"
     text.write_text("river tree moves " * 60, encoding="utf-8")
+    source = open_source(ternary)
     with pytest.raises(CheckpointError, match=r"has a tokenizer; put its file beside"):
         verify(source, source, text=text)
-    assert source.model.vocab_size == 96
-    with_tokenizer = replace(source, tokenizer_file=None)
-    assert with_tokenizer.tokenizer_file is None
+    with pytest.raises(DataError, match=r"missing.txt: not readable as UTF-8 text"):
+        verify(source, source, text=tmp_path / "missing.txt")
+
+    checkpoint = make_checkpoint(make_config, tmp_path / "words", "model.vocab_size=300")
+    shutil.copyfile(corpus / "tokenizer.model", checkpoint / "tokenizer.model")
+    source = open_source(checkpoint)
+    export(source, tmp_path / "packed", "packed")
+    checks = verify(source, open_source(tmp_path / "packed"), text=text, num_tokens=100)
+    found = {check.name: check for check in checks}["perplexity"]
+    assert found.passed
+    ids = torch.tensor(load_tokenizer(corpus / "tokenizer.model").encode(text.read_text())[:100])
+    model = load_model(checkpoint).model.eval()
+    with torch.no_grad():
+        losses = [
+            model(part[None, :-1], part[None, 1:], reduction="none") for part in ids.split(64)
+        ]
+    loss = float(torch.cat([part.flatten() for part in losses]).mean())
+    assert found.values["loss_a"] == pytest.approx(loss, rel=1e-6)
+    assert found.values["loss_b"] == pytest.approx(loss, rel=1e-6)
 
 
 def test_wrong_weights_fail(ternary: Path, sixteen_bit: Path, tmp_path: Path) -> None:
