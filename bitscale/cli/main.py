@@ -11,7 +11,17 @@ import time
 from collections.abc import Sequence
 
 from bitscale import __version__
-from bitscale.cli import config, evaluate, export, import_model, plan, prepare, report, train
+from bitscale.cli import (
+    config,
+    evaluate,
+    export,
+    import_model,
+    plan,
+    prepare,
+    report,
+    train,
+    verify,
+)
 from bitscale.errors import BitscaleError, ConfigError, NonFiniteLoss
 
 EXIT_FAILURE = 1
@@ -28,7 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"bitscale {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (prepare, plan, train, evaluate, export, import_model, report, config):
+    for command in (
+        prepare,
+        plan,
+        train,
+        evaluate,
+        export,
+        import_model,
+        verify,
+        report,
+        config,
+    ):
         command.add_parser(subparsers)
     args, rest = parser.parse_known_args(argv)
     if rest and (

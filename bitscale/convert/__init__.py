@@ -8,6 +8,7 @@ from bitscale.convert.huggingface_in import (
     huggingface_source,
     is_huggingface,
 )
+from bitscale.convert.llama2c import is_llama2c, llama2c_source
 from bitscale.convert.loaded import LoadedModel, load_checkpoint
 from bitscale.convert.model_source import ModelSource, checkpoint_source
 from bitscale.convert.packed import export_packed, is_packed, load_packed, packed_source
@@ -24,6 +25,8 @@ def open_source(
         return packed_source(path)
     if is_huggingface(path):
         return huggingface_source(path, seq_len, scales)
+    if is_llama2c(path):
+        return llama2c_source(path, seq_len)
     return checkpoint_source(resolve(path))
 
 

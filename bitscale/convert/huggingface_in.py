@@ -128,6 +128,7 @@ def _source(
         read_codes=None if is_latent else files.read_codes,
         biases_finished=not is_latent,
         read_as=read_as,
+        scale_rounding=2.0**-22 if files.exact_scales else 2.0**-8,
         post_training=content.get("post_training_quantization", False),
     )
 

@@ -32,10 +32,10 @@ _PROBES = (
 def write_tokenizer(source: ModelSource, out: Path) -> dict[str, Any]:
     """Write the tokenizer's files into `out`; returns what config.json says of it.
 
-    {} if the corpus, and with it the tokenizer, has moved since the run.
+    No file is written if the corpus, and with it the tokenizer, has moved since the run.
     """
     if source.tokenizer_file is None:
-        return {}
+        return {"eos_token_id": None, "bos_token_id": None}  # not the family's defaults
     tokenizer = load_tokenizer(source.tokenizer_file, source.eod_token)
     shutil.copyfile(source.tokenizer_file, out / source.tokenizer_file.name)
     config: dict[str, Any] = {

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bitscale.checkpoint import Reader
+from bitscale.checkpoint import ANY, Reader
 from bitscale.config import Config, ModelConfig, QuantConfig, parse_config, quant_spec
 from bitscale.config.spec import CodeSpec, QuantSpec
 from bitscale.convert.loaded import DTYPES, decoder_on_meta
@@ -62,6 +62,7 @@ class ModelSource:
     biases_finished: bool = False
     # λ at which the decoder is what a reader of this form computes; None: as trained.
     read_as: Strength | None = None
+    scale_rounding: float = 2.0**-22  # largest relative error of a scale as it is stored
     post_training: bool = False  # quantized here, not in training: see `rounded_to_nearest`
 
     @property
@@ -180,7 +181,7 @@ def checkpoint_source(path: Path) -> ModelSource:
         reset_attention=cfg.data.reset_attention,
         corpora=tuple(corpus.path for corpus in cfg.data.corpora),
         config_hash=meta.config_hash,
-        tokenizer_sha256=meta.identity["tokenizer"],
+        tokenizer_sha256=meta.identity["tokenizer"].replace(ANY, ""),
         tokenizer_file=tokenizer_file,
         eod_token=eod_token,
         versions=meta.versions,

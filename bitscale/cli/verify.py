@@ -1,0 +1,52 @@
+"""`bitscale verify`."""
+
+import argparse
+from pathlib import Path
+
+_EPILOG = """\
+examples:
+  bitscale verify runs/quickstart/run packed
+  bitscale verify runs/quickstart/run hf --text book.txt
+  bitscale verify packed hf --json verdict.json
+
+A is computed by bitscale, B by the program that its format is made for (a Hugging Face directory
+by transformers). Exit code 0: the same model; 1: not; 2: one of them could not be read.
+"""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "verify",
+        help="whether two forms of a model are the same model",
+        description="Compare two forms of a model: codes exactly, logits and perplexity within "
+        "bounds (docs/conversion.md).",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", metavar="A", type=Path, help="run, checkpoint or export")
+    parser.add_argument("b", metavar="B", type=Path, help="run, checkpoint or export")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to compare on")
+    parser.add_argument(
+        "--tokens", type=int, default=2048, metavar="N", help="to compare on (default 2048)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import json
+
+    from bitscale.convert import open_source
+    from bitscale.convert.verify import verify
+
+    checks = verify(
+        open_source(args.a), open_source(args.b), text=args.text, num_tokens=args.tokens
+    )
+    for check in checks:
+        print(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.figures}")
+    same = all(check.passed for check in checks)
+    print(f"{args.b} is {'' if same else 'NOT '}the model of {args.a}")
+    if args.json:
+        result = {"same": same, "checks": [check._asdict() for check in checks]}
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0 if same else 1
