@@ -53,7 +53,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="hf-bitnet: divide by weight_scale, multiply by it, or quantize latents on the fly",
     )
     parser.add_argument(
-        "--dtype", choices=("bf16", "fp32"), help="hf formats: of what is not packed"
+        "--dtype", choices=("bf16", "fp32"), help="hf and gguf formats: of what is not packed"
     )
     parser.add_argument(
         "--gguf-scale",

@@ -103,17 +103,9 @@ def _row(name: str, group: Sequence[TensorFacts]) -> tuple[str, ...]:
     if scales and max(scales) != min(scales):
         span += f" to {max(scales):.4g}"
     kinds = sorted({t.values for t in group if t.values})
+    values = ", ".join(kinds)
     share = f"{sum(zeros) / max(weights, 1):.1%}" if zeros else ""
-    return (
-        str(len(group)),
-        name,
-        first.stored,
-        shape,
-        f"{bits:.3g}",
-        ", ".join(kinds),
-        share,
-        span,
-    )
+    return (str(len(group)), name, first.stored, shape, f"{bits:.3g}", values, share, span)
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:

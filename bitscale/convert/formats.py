@@ -41,8 +41,14 @@ def _packed(source: ModelSource, out: Path, options: ExportOptions) -> dict[str,
 
 def _gguf(encoding: Encoding) -> Writer:
     def write(source: ModelSource, out: Path, options: ExportOptions) -> dict[str, Any]:
-        scales, with_tokenizer = options.gguf_scale or "exact", options.gguf_tokenizer is None
-        return export_gguf(source, out, encoding, scales=scales, with_tokenizer=with_tokenizer)
+        return export_gguf(
+            source,
+            out,
+            encoding,
+            scales=options.gguf_scale or "exact",
+            dtype=options.dtype,
+            with_tokenizer=options.gguf_tokenizer is None,
+        )
 
     return write
 
@@ -65,8 +71,8 @@ WRITERS: dict[str, Writer] = {
     **{name: _gguf(encoding) for name, encoding in _GGUF.items()},
 }
 _WITH_LINEAR = ("hf-bitnet",)
-_WITH_DTYPE = ("hf", "hf-dequantized", "hf-bitnet")
 _WITH_GGUF_SCALE = ("gguf-tq2_0", "gguf-tq1_0")
+_WITH_DTYPE = ("hf", "hf-dequantized", "hf-bitnet", *_WITH_GGUF_SCALE, "gguf-i2_s")
 
 
 def export(

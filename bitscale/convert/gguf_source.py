@@ -173,9 +173,11 @@ def _scale_rounding(file: GgufFile, types: set[str]) -> float:
     return 2.0**-22 if exact else 2.0**-8 if "BF16" in types else 2.0**-11
 
 
-def _biases(file: GgufFile) -> bool | Literal["qkv"]:
+def _biases(file: GgufFile) -> bool | Literal["attention", "qkv"]:
     if "blk.0.ffn_down.bias" in file.tensors:
         return True
+    if "blk.0.attn_output.bias" in file.tensors:
+        return "attention"
     return "qkv" if "blk.0.attn_q.bias" in file.tensors else False
 
 

@@ -37,8 +37,8 @@ _NAMES = {
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _SUPPORTED = (
-    "a bitscale run, checkpoint or export, a Hugging Face directory, .safetensors, .gguf, a PyTorch "
-    "file of plain tensors, and .bin/.idx token shards"
+    "a bitscale run, checkpoint or export, a Hugging Face directory, .safetensors, .gguf, a "
+    "PyTorch file of plain tensors, and .bin/.idx token shards"
 )
 _TOKEN_SHARD = (".bin", ".idx")
 
@@ -166,9 +166,9 @@ def _checkpoint(path: Path) -> _Opened:
     try:
         found = resolve(path)
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{path} is nothing that can be inspected; name {_SUPPORTED}"
-        ) from error
+        if (path / "meta.json").is_file() or (path / "checkpoints").is_dir():
+            raise
+        raise CheckpointError(f"{path} cannot be inspected; name {_SUPPORTED}") from error
     meta, source = read_meta(found), checkpoint_source(found)
     listed = _Listed()
     for name, shape in source.shapes.items():
@@ -207,7 +207,7 @@ def _model_facts(source: ModelSource) -> dict[str, Any]:
         f"{m.vocab_size}, {'tied' if m.tie_embeddings else 'untied'} head"
         + ", SubLN" * m.sub_norm
         + ", q/k norm" * m.qk_norm
-        + ", biases" * m.bias,
+        + ", biases" * bool(m.bias),
         "quantizer": source.quant.preset,
         "step": source.step,
         "tokens": source.tokens,
