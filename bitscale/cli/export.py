@@ -6,9 +6,16 @@ from pathlib import Path
 # One line a format; bitscale/convert/formats.py has their writers.
 FORMATS = {
     "packed": "bitscale's own: codes at 2 bits and one scale a matrix, safetensors (default)",
+    "compact": "the same at 1.6 bits, five codes a byte",
     "hf": "Hugging Face directory of the 16- or 32-bit latents, not quantized",
     "hf-dequantized": "Hugging Face directory of scale x code in 16 or 32 bit: loads anywhere",
     "hf-bitnet": "Hugging Face directory packed at 2 bits for its bitnet layers (--linear)",
+    "gguf-tq2_0": "GGUF file for llama.cpp, 2.06 bits a weight, blocks of 256 columns",
+    "gguf-tq1_0": "the same at 1.69 bits: smaller, slower",
+    "gguf-i2_s": "GGUF file for bitnet.cpp on x86, 2 bits, fp32 scales",
+    "gguf-bf16": "GGUF file of scale x code, or of 16-bit latents; also gguf-f16, gguf-f32",
+    "gguf-f16": "in fp16",
+    "gguf-f32": "in fp32",
 }
 _EPILOG = """\
 formats:
@@ -18,6 +25,7 @@ examples:
   bitscale export runs/quickstart/run packed
   bitscale export runs/quickstart/run/checkpoints/step-00000200 out --format hf-dequantized
   bitscale export runs/quickstart/run out --format hf-bitnet --linear autobitlinear
+  bitscale export runs/quickstart/run model.gguf --format gguf-tq2_0
   bitscale export runs/sixteen-bit out --format packed --quantize b158
 """
 
@@ -45,7 +53,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="hf-bitnet: divide by weight_scale, multiply by it, or quantize latents on the fly",
     )
     parser.add_argument(
-        "--dtype", choices=("bf16", "fp32"), help="hf formats: of what is not packed"
+        "--dtype", choices=("bf16", "fp32"), help="hf and gguf formats: of what is not packed"
+    )
+    parser.add_argument(
+        "--gguf-scale",
+        choices=("exact", "fp16"),
+        help="gguf-tq formats: .scale tensors beside the fp16 scales (default), or without",
+    )
+    parser.add_argument(
+        "--gguf-tokenizer", choices=("none",), help="gguf formats: leave the tokenizer out"
     )
     parser.add_argument(
         "--quantize",
@@ -62,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
     source = open_source(args.source)
     quantize = None if args.quantize is None else quant_config(args.quantize)
-    options = ExportOptions(args.dtype, args.linear)
+    options = ExportOptions(args.dtype, args.linear, args.gguf_scale, args.gguf_tokenizer)
     content = export(source, args.out, args.format, options, quantize)
     files = [args.out] if args.out.is_file() else list(args.out.iterdir())
     mib = sum(file.stat().st_size for file in files) / 2**20

@@ -3,6 +3,9 @@
 from pathlib import Path
 
 from bitscale.checkpoint import resolve
+from bitscale.convert.clients import load_from_source
+from bitscale.convert.gguf_file import is_gguf
+from bitscale.convert.gguf_source import gguf_source
 from bitscale.convert.huggingface_in import (
     ScaleConvention,
     huggingface_source,
@@ -25,13 +28,17 @@ def open_source(
         return packed_source(path)
     if is_huggingface(path):
         return huggingface_source(path, seq_len, scales)
+    if is_gguf(path):
+        return gguf_source(path)
     if is_llama2c(path):
         return llama2c_source(path, seq_len)
     return checkpoint_source(resolve(path))
 
 
 def load_model(path: Path) -> LoadedModel:
-    """The model that `path` holds: a packed export, a checkpoint, or a run's latest one."""
+    """The model that `path` holds: an export, GGUF file, checkpoint, or a run's latest one."""
+    if is_gguf(path):
+        return load_from_source(gguf_source(path))
     return load_packed(path) if is_packed(path) else load_checkpoint(resolve(path))
 
 

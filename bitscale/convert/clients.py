@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bitscale.convert.gguf_file import is_gguf
+from bitscale.convert.gguf_source import gguf_source
 from bitscale.convert.huggingface_in import is_huggingface
-from bitscale.convert.loaded import decoder_on_meta
+from bitscale.convert.llama_cpp import has_llama_cpp, load_llama_cpp, simulated_logits
+from bitscale.convert.loaded import DTYPES, LoadedModel, decoder_on_meta
 from bitscale.convert.model_source import ModelSource, dequantized, refuse_unless_ternary
+from bitscale.convert.packed import packed_layer
 from bitscale.errors import CheckpointError
-from bitscale.model.bitlinear import PackedBitLinear, bit_linears, set_strength
+from bitscale.model.bitlinear import bit_linears, set_strength
 from bitscale.model.decoder import Decoder
-from bitscale.quant.pack import pack_2bit
 from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
 
 Logits = Callable[[Tensor], Tensor]  # token ids [B, S] -> fp32 [B, S, V]
@@ -30,17 +33,27 @@ class Client(NamedTuple):
     name: str
     opens: Callable[[Path], bool]  # whether it is the client of this path
     load: Callable[[Path], Logits]
+    # How bitscale computes a model to compare with; None: its decoder, `decoder_logits`.
+    twin: Callable[[ModelSource, Strength], Logits] | None = None
 
 
-def client_logits(source: ModelSource) -> tuple[str, Logits]:
-    """Name of the client of `source`'s format and what it computes; bitscale where there is none.
+class Computed(NamedTuple):
+    """A model's logits, by whom, and what its twin makes of another model at some λ."""
+
+    by: str
+    logits: Logits
+    twin: Callable[[ModelSource, Strength], Logits]
+
+
+def client_logits(source: ModelSource) -> Computed:
+    """What the client of `source`'s format computes; bitscale where there is none.
 
     Raises CheckpointError if the client is not installed or does not load the model.
     """
     for client in CLIENTS:
         if client.opens(source.path):
-            return client.name, client.load(source.path)
-    return "bitscale", decoder_logits(source, source.computes)
+            return Computed(client.name, client.load(source.path), client.twin or decoder_logits)
+    return Computed("bitscale", decoder_logits(source, source.computes), decoder_logits)
 
 
 def decoder_logits(source: ModelSource, strength: Strength) -> Logits:
@@ -57,6 +70,23 @@ def decoder_logits(source: ModelSource, strength: Strength) -> Logits:
         return model.logits(input_ids_BS)
 
     return logits
+
+
+def load_from_source(source: ModelSource) -> LoadedModel:
+    """The decoder as a reader of the source's form computes it, in the dtype of the run."""
+    strength = source.computes
+    model = latent_decoder(source) if source.has_latents else codes_decoder(source, strength)
+    if source.has_latents:
+        set_strength(model, strength)
+    return LoadedModel(
+        model.to(DTYPES[source.dtype]),
+        strength,
+        source.step,
+        source.tokenizer_sha256,
+        source.seq_len,
+        source.reset_attention,
+        source.corpora,
+    )
 
 
 def latent_decoder(source: ModelSource) -> Decoder:
@@ -81,8 +111,7 @@ def codes_decoder(source: ModelSource, strength: Strength) -> Decoder:
         bias = None if bias is None else bias.float()
         finished: nn.Module
         if strength == TERNARY:
-            packed = pack_2bit(codes.codes_FD)
-            finished = PackedBitLinear(packed, codes.scale, bias, layer.quant)
+            finished = packed_layer(codes, bias, layer.quant)
         else:
             finished = nn.Linear(1, 1, bias=bias is not None, device="meta")
             state = {"weight": dequantized(codes)} | ({} if bias is None else {"bias": bias})
@@ -137,4 +166,18 @@ def _load_transformers(path: Path) -> Logits:
     return logits
 
 
-CLIENTS = [Client("transformers", is_huggingface, _load_transformers)]
+def _simulated(source: ModelSource, strength: Strength) -> Logits:
+    """llama.cpp's own way of quantizing activations is where it has codes to multiply."""
+    return simulated_logits(source) if strength == TERNARY else decoder_logits(source, strength)
+
+
+def _simulated_file(path: Path) -> Logits:
+    source = gguf_source(path)
+    return _simulated(source, source.computes)
+
+
+CLIENTS = [
+    Client("transformers", is_huggingface, _load_transformers),
+    Client("llama.cpp", has_llama_cpp, load_llama_cpp, _simulated),
+    Client("bitscale simulating llama.cpp", is_gguf, _simulated_file, _simulated),
+]

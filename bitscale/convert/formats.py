@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bitscale.config import QuantConfig
+from bitscale.convert.gguf_export import Encoding, Scales, export_gguf
 from bitscale.convert.huggingface_out import export_bitnet, export_dequantized, export_latent
 from bitscale.convert.model_source import ModelSource
 from bitscale.convert.packed import export_packed
@@ -18,6 +19,8 @@ class ExportOptions:
 
     dtype: Literal["bf16", "fp32"] | None = None
     linear: Literal["bitlinear", "autobitlinear", "online"] | None = None
+    gguf_scale: Scales | None = None
+    gguf_tokenizer: Literal["none"] | None = None
 
 
 Writer = Callable[[ModelSource, Path, ExportOptions], dict[str, Any]]
@@ -36,15 +39,40 @@ def _packed(source: ModelSource, out: Path, options: ExportOptions) -> dict[str,
     return export_packed(source, out)
 
 
+def _gguf(encoding: Encoding) -> Writer:
+    def write(source: ModelSource, out: Path, options: ExportOptions) -> dict[str, Any]:
+        return export_gguf(
+            source,
+            out,
+            encoding,
+            scales=options.gguf_scale or "exact",
+            dtype=options.dtype,
+            with_tokenizer=options.gguf_tokenizer is None,
+        )
+
+    return write
+
+
+_GGUF: dict[str, Encoding] = {
+    "gguf-tq2_0": "tq2_0",
+    "gguf-tq1_0": "tq1_0",
+    "gguf-i2_s": "i2_s",
+    "gguf-bf16": "bf16",
+    "gguf-f16": "f16",
+    "gguf-f32": "f32",
+}
 # Names and what they mean: bitscale/cli/export.py.
 WRITERS: dict[str, Writer] = {
     "packed": _packed,
+    "compact": lambda source, out, options: export_packed(source, out, "compact"),
     "hf": lambda source, out, options: export_latent(source, out, options.dtype),
     "hf-dequantized": lambda source, out, options: export_dequantized(source, out, options.dtype),
     "hf-bitnet": _bitnet,
+    **{name: _gguf(encoding) for name, encoding in _GGUF.items()},
 }
 _WITH_LINEAR = ("hf-bitnet",)
-_WITH_DTYPE = ("hf", "hf-dequantized", "hf-bitnet")
+_WITH_GGUF_SCALE = ("gguf-tq2_0", "gguf-tq1_0")
+_WITH_DTYPE = ("hf", "hf-dequantized", "hf-bitnet", *_WITH_GGUF_SCALE, "gguf-i2_s")
 
 
 def export(
@@ -65,6 +93,8 @@ def export(
     for name, value, formats in (
         ("--linear", options.linear, _WITH_LINEAR),
         ("--dtype", options.dtype, _WITH_DTYPE),
+        ("--gguf-scale", options.gguf_scale, _WITH_GGUF_SCALE),
+        ("--gguf-tokenizer", options.gguf_tokenizer, tuple(_GGUF)),
     ):
         if value is not None and target not in formats:
             raise CheckpointError(

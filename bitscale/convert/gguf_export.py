@@ -88,15 +88,18 @@ def export_gguf(
     encoding: Encoding,
     *,
     scales: Scales = "exact",
+    dtype: Literal["bf16", "fp32"] | None = None,
     with_tokenizer: bool = True,
 ) -> dict[str, Any]:
     """Write `source` to the new file `out`; returns its certificate.
+
+    `dtype`: of embedding and head beside ternary layers; default: that of the run.
 
     Raises CheckpointError if no GGUF architecture computes the model, a layer does not fit the
     blocks, a weight is not finite, the tokenizer is missing or unknown to llama.cpp, or `out`
     exists; nothing is left half-written.
     """
-    plan = plan_gguf(source, encoding, scales)
+    plan = plan_gguf(source, encoding, scales, dtype)
     refuse_existing(out)
     vocabulary = _vocabulary(source) if with_tokenizer else None
     content = _certificate(plan)
@@ -105,7 +108,12 @@ def export_gguf(
     return content
 
 
-def plan_gguf(source: ModelSource, encoding: Encoding, scales: Scales = "exact") -> Plan:
+def plan_gguf(
+    source: ModelSource,
+    encoding: Encoding,
+    scales: Scales = "exact",
+    dtype: Literal["bf16", "fp32"] | None = None,
+) -> Plan:
     """Checks everything that shapes and configuration can tell; reads no tensor."""
     architecture = choose_architecture(source)
     is_dense = encoding in _DENSE
@@ -114,7 +122,7 @@ def plan_gguf(source: ModelSource, encoding: Encoding, scales: Scales = "exact")
         refuse_unpackable(source.quant, f"GGUF ({encoding})")
     if not is_dense:
         _refuse_columns(source, _COLUMNS[encoding], encoding)
-    dense: Any = encoding if is_dense else {"bf16": "bf16", "fp32": "f32"}[source.dtype]
+    dense: Any = encoding if is_dense else {"bf16": "bf16", "fp32": "f32"}[dtype or source.dtype]
     return Plan(source, architecture, encoding, dense, "fp16" if encoding == "i2_s" else scales)
 
 

@@ -70,7 +70,9 @@ def choose_architecture(source: ModelSource) -> Architecture:
     """The architecture that computes the model. CheckpointError, naming the key, if none does."""
     m = source.model
     architecture: Architecture = "bitnet" if m.sub_norm else "qwen3" if m.qk_norm else "llama"
-    biases = m.bias or bool(source.spec.deadzone_bias)
+    biases = bool(m.bias) or bool(source.spec.deadzone_bias)
+    if architecture == "qwen3" and m.bias == "qkv" and not source.spec.deadzone_bias:
+        biases = False  # it has those of queries, keys and values
     linear = m.rope_scaling is None or m.rope_scaling.type == "linear"
     reasons = {
         f"model.norm={m.norm!r}; they compute RMSNorm": m.norm != "rmsnorm",

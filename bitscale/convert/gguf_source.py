@@ -11,7 +11,7 @@ Shapes: F outputs, D inputs of a linear layer.
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -84,6 +84,7 @@ def gguf_source(path: Path) -> ModelSource:
         read_codes=partial(_read_codes, file, m, architecture) if holds_codes else None,
         biases_finished=True,
         read_as=computes,
+        scale_rounding=_scale_rounding(file, types),
         post_training=bool(content and content["post_training_quantization"]),
     )
 
@@ -160,10 +161,24 @@ def _model_config(file: GgufFile, architecture: Architecture) -> ModelConfig:
             sub_norm=architecture == "bitnet",
             qk_norm=architecture == "qwen3",
             tie_embeddings="output.weight" not in file.tensors,
-            bias="blk.0.ffn_down.bias" in file.tensors,
+            bias=_biases(file),
         )
     except ValidationError as error:
         raise CheckpointError(f"{file.path}: {_one_line(error)}") from error
+
+
+def _scale_rounding(file: GgufFile, types: set[str]) -> float:
+    """Largest relative error of the scales: fp16 or bf16 unless something carries the rest."""
+    exact = "blk.0.attn_q.scale" in file.tensors or types <= {"I2_S", "F32"}
+    return 2.0**-22 if exact else 2.0**-8 if "BF16" in types else 2.0**-11
+
+
+def _biases(file: GgufFile) -> bool | Literal["attention", "qkv"]:
+    if "blk.0.ffn_down.bias" in file.tensors:
+        return True
+    if "blk.0.attn_output.bias" in file.tensors:
+        return "attention"
+    return "qkv" if "blk.0.attn_q.bias" in file.tensors else False
 
 
 def _check_tensors(
@@ -217,7 +232,7 @@ def _read(file: GgufFile, m: ModelConfig, architecture: Architecture, name: str)
 def _read_codes(file: GgufFile, m: ModelConfig, architecture: Architecture, name: str) -> Ternary:
     tensor = file.tensors[to_gguf(name)]
     try:
-        codes_FD, scale = _codes_and_scale(file, tensor)
+        codes_FD, scale = codes_and_scale(file, tensor)
     except ValueError as error:
         raise CheckpointError(f"{file.path}: {tensor.name}: {error}") from error
     rest = file.tensors.get(f"{tensor.name.removesuffix('.weight')}.scale")
@@ -226,18 +241,29 @@ def _read_codes(file: GgufFile, m: ModelConfig, architecture: Architecture, name
     return Ternary(_unpermuted(codes_FD, name, m, architecture), scale)
 
 
-def _codes_and_scale(file: GgufFile, tensor: GgufTensor) -> tuple[Tensor, Tensor]:
+def codes_and_scale(
+    file: GgufFile, tensor: GgufTensor, *, common: bool = True
+) -> tuple[Tensor, Tensor]:
+    """int8 [F, D] as stored, and the fp32 scalar scale; or, without `common`, one a block if they
+    differ.
+
+    ValueError for damaged blocks, and with `common` for scales that differ.
+    """
     raw, shape = file.bytes_of(tensor), tensor.shape
     if tensor.type.name in _BLOCKS:
         codes_FD, d_FB = unpack_blocks(raw.view(shape[0], -1), _BLOCKS[tensor.type.name])
-        return codes_FD, _common_scale(d_FB[d_FB != 0].float())
-    if tensor.type.name == "I2_S":
+        scales = d_FB[d_FB != 0].float()
+    elif tensor.type.name == "I2_S":
         rows, columns = shape
         tail = raw[rows * columns // 4 :]
         codes_FD = unpack_i2_s(raw[: rows * columns // 4], (rows, columns))
-        return codes_FD, tail[:4].clone().view(torch.float32).squeeze()
-    values = raw.view(_FLOATS[tensor.type.name]).view(shape).float()
-    return values.sign().to(torch.int8), _common_scale(values[values != 0].abs())
+        scales = tail[:4].clone().view(torch.float32)
+    else:
+        values = raw.view(_FLOATS[tensor.type.name]).view(shape).float()
+        codes_FD, scales = values.sign().to(torch.int8), values[values != 0].abs()
+    if not common and scales.numel() and bool(scales.min() != scales.max()):
+        return codes_FD, scales
+    return codes_FD, _common_scale(scales)
 
 
 def _common_scale(scales: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from bitscale.convert.gguf_file import is_gguf
 from bitscale.convert.loaded import decoder_on_meta
-from bitscale.convert.model_source import ModelSource, dequantized
+from bitscale.convert.model_source import ModelSource
 from bitscale.errors import CheckpointError
 from bitscale.model.bitlinear import bit_linears, set_strength
 from bitscale.quant.gguf_blocks import BLOCK
 from bitscale.quant.reference import Ternary
-from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY
+from bitscale.quant.schedule import SIXTEEN_BIT
 
 Logits = Callable[[Tensor], Tensor]  # token ids [B, S] -> fp32 [B, S, V]
 
@@ -75,9 +75,8 @@ def simulated_logits(source: ModelSource) -> Logits:
     for name, _ in list(bit_linears(model)):
         weight, bias = source.ternary(f"{name}.weight"), source.finished_bias(name)
         bias = None if bias is None else bias.float()
-        layer = Q8KLinear(weight, bias) if source.computes == TERNARY else _plain(weight, bias)
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, layer)
+        setattr(model.get_submodule(parent), attribute, Q8KLinear(weight, bias))
         finished.add(name)
     others = [name for name in source.shapes if name.rpartition(".")[0] not in finished]
     state = {name: source.weight(name).float() for name in others}
@@ -92,14 +91,6 @@ def simulated_logits(source: ModelSource) -> Logits:
         return model.logits(input_ids_BS)
 
     return logits
-
-
-def _plain(weight: Ternary, bias_F: Tensor | None) -> nn.Linear:
-    layer = nn.Linear(1, 1, bias=bias_F is not None, device="meta")
-    layer.weight = nn.Parameter(dequantized(weight), requires_grad=False)
-    if bias_F is not None:
-        layer.bias = nn.Parameter(bias_F, requires_grad=False)
-    return layer
 
 
 def load_llama_cpp(path: Path) -> Logits:

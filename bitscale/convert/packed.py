@@ -36,7 +36,7 @@ from bitscale.convert.tensor_file import TensorSpec, write_sharded
 from bitscale.errors import CheckpointError
 from bitscale.model.bitlinear import PackedBitLinear, bit_linears, set_strength
 from bitscale.quant.pack import base3_width, pack_2bit, pack_base3, unpack_2bit, unpack_base3
-from bitscale.quant.reference import Ternary
+from bitscale.quant.reference import Quant, Ternary
 from bitscale.quant.schedule import TERNARY
 
 Form = Literal["packed", "compact"]
@@ -133,15 +133,9 @@ def load_packed(path: Path) -> LoadedModel:
     m = source.model
     model = decoder_on_meta(m, source.quant)
     for name, layer in list(bit_linears(model)):
-        codes_FD, scale = source.ternary(f"{name}.weight")
-        compact = source.kind == "compact"
-        packed = PackedBitLinear(
-            pack_base3(codes_FD) if compact else pack_2bit(codes_FD),
-            scale,
-            source.finished_bias(name),
-            layer.quant,
-            codes_FD.shape[1] if compact else None,
-        )
+        codes = source.ternary(f"{name}.weight")
+        bias = source.finished_bias(name)
+        packed = packed_layer(codes, bias, layer.quant, compact=source.kind == "compact")
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, packed)
     others = {name: source.weight(name) for name, _ in model.named_parameters()}
@@ -158,6 +152,17 @@ def load_packed(path: Path) -> LoadedModel:
         source.reset_attention,
         source.corpora,
     )
+
+
+def packed_layer(
+    weight: Ternary, bias_F: Tensor | None, quant: Quant, *, compact: bool = False
+) -> PackedBitLinear:
+    """The finished layer; at 1.6 bits if `compact`, or if 4 does not divide its rows."""
+    codes_FD, scale = weight
+    rows, columns = codes_FD.shape
+    if compact or rows % 4:
+        return PackedBitLinear(pack_base3(codes_FD), scale, bias_F, quant, columns)
+    return PackedBitLinear(pack_2bit(codes_FD), scale, bias_F, quant)
 
 
 def _form(path: Path, description: dict[str, Any]) -> Form:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from bitscale.convert.certificate import codes_digest, read_certificate
 from bitscale.convert.clients import Logits, client_logits, decoder_logits
+from bitscale.convert.gguf_file import open_gguf
+from bitscale.convert.gguf_source import certificate_of
 from bitscale.convert.loaded import DTYPES
 from bitscale.convert.model_source import ModelSource
 from bitscale.data.tokenizer import load_tokenizer
@@ -121,7 +123,7 @@ def _architecture(a: ModelSource, b: ModelSource) -> Check:
 
 def _certificates(a: ModelSource, b: ModelSource) -> Iterator[Check]:
     for source in (a, b):
-        content = read_certificate(source.path) if source.path.is_dir() else None
+        content = _certificate_in(source)
         if content is None or content["codes_sha256"] is None:
             continue
         found = codes_digest(source.ternary_names, source.ternary)
@@ -133,6 +135,12 @@ def _certificates(a: ModelSource, b: ModelSource) -> Iterator[Check]:
         same = a.tokenizer_sha256 == b.tokenizer_sha256
         shown = f"sha256 {a.tokenizer_sha256[:16]} and {b.tokenizer_sha256[:16]}"
         yield Check("tokenizer", same, shown, {})
+
+
+def _certificate_in(source: ModelSource) -> dict[str, Any] | None:
+    if source.kind == "gguf":
+        return certificate_of(open_gguf(source.path))
+    return read_certificate(source.path) if source.path.is_dir() else None
 
 
 def _codes(a: ModelSource, b: ModelSource) -> Check:
@@ -177,8 +185,8 @@ def _outputs(
     width = min(a.seq_len, b.seq_len, _MAX_WINDOW)
     starts = range(0, ids.numel() - 1, width)
     windows = [ids[None, start : start + width] for start in starts]
-    name, theirs = client_logits(b)
-    ours = decoder_logits(a, b.computes)
+    name, theirs, twin = client_logits(b)
+    ours = twin(a, b.computes)
     found = compare_logits(ours, theirs, iter(windows))
     relative = found.max_difference / max(found.largest_logit, 1e-30)
     at = f"A in bitscale at λ {b.computes.weight:g}/{b.computes.activation:g}, B in {name}"
@@ -197,7 +205,7 @@ def _outputs(
     )
     if text is not None:
         yield _perplexity(found, bounds)
-    if a.strength != b.computes and a.has_latents:
+    if (a.strength != b.computes and a.has_latents) or twin is not decoder_logits:
         yield _as_trained(a, theirs, windows)
 
 
