@@ -35,6 +35,7 @@ class Memory:
     parts: dict[str, float]  # PARTS
     activations: dict[str, float]  # by kind, at the start of a backward pass
     logits: float  # log-softmax and the gradients of the loss, at the same moment
+    workspace: float  # gradients within a block, which are there after them
     block: float  # of one block of one micro-batch: what it saves, and gradients within it
     layers: float  # of `activations`: what the blocks keep
     recomputed: float  # of one block: what it computes again, and gradients within it
@@ -50,7 +51,9 @@ class Memory:
         activations block by block: one of the two ends is the higher."""
         always = sum(self.parts.values()) - self.passing_gradients
         moments = {
-            "start of the backward pass": always + sum(self.activations.values()) + self.logits,
+            "start of the backward pass": always
+            + sum(self.activations.values())
+            + max(self.logits, self.workspace),
             "end of the backward pass": always
             + self.passing_gradients
             - self.block_gradients
@@ -111,15 +114,18 @@ def memory(layout: Layout, stage: Stage, phase: Phase) -> Memory:
     if phase == "ternary" and layout.way == "kernels" and cfg.quant.kernel == "reference":
         tokens = layout.micro_batch_tokens
         workspace += cost.reference_workspace_bytes(cfg.model, at, tokens)
+    # BF16_Optimizer empties them after each pass, and frees them after the step.
+    is_passing = b == 2 and (zero >= 2 or layout.num_micro_batches == 1)
     return Memory(
         parts=parts,
         activations=activations,
         logits=logits,
+        workspace=workspace,
         block=layout.micro_batch_tokens * (saved + again) + workspace,
         layers=stage.num_layers * stage.in_flight * layout.micro_batch_tokens * saved,
         recomputed=layout.micro_batch_tokens * again + workspace if again else 0.0,
-        passing_gradients=parts["gradients"] if b == 2 else 0.0,
-        block_gradients=float(b * sum(matrices)) if b == 2 and zero < 2 else 0.0,
+        passing_gradients=parts["gradients"] if is_passing else 0.0,
+        block_gradients=float(b * sum(matrices)) if is_passing and zero < 2 else 0.0,
         other_passes=sum(activations.values()) * (stage.in_flight - 1) / stage.in_flight,
         # More than so many elements in one tensor are reduced in place.
         reduction_copy=4.0 * num_elements
