@@ -220,8 +220,13 @@ def _buffers(layout: Layout, stage: Stage, phase: Phase, num_elements: int) -> f
     elif zero == 3:
         bytes_ += 4.0 * bucket + 4.0 * filled  # the bucket, and its copy in order of ranks
     if layout.pp > 1:
-        # DeepSpeed's pipeline keeps what a stage received and what it sends.
-        bytes_ += 2 * stage.in_flight * at.residual_share * b * tokens * cfg.model.d_model
+        # DeepSpeed's pipeline keeps what a stage received and what it sends, and in two buffers at
+        # least, which the last stage fills with logits.
+        num_buffers = max(stage.in_flight, 2)
+        bytes_ += 2 * num_buffers * at.residual_share * b * tokens * cfg.model.d_model
+        if stage.has_head:
+            vocab = cost.shard(cfg.model, layout.tp).vocab
+            bytes_ += num_buffers * cost.FLOAT_BYTES * tokens * vocab
     if layout.tp > 1:
         # The sum over ranks, or the gathered sequence.
         bytes_ += tokens * cfg.model.d_model * (4.0 if phase == "ternary" else b)
