@@ -477,7 +477,7 @@ def test_a_share_that_is_none_is_refused(make_config: Callable[..., Config]) -> 
         make_plan(cfg, Cluster(1, 1, find_gpu("cpu")), efficiency=1.5)
 
 
-def test_a_schedule_that_is_not_reckoned_with_is_refused(
+def test_a_schedule_that_is_not_reckoned_with(
     make_config: Callable[..., Config],
 ) -> None:
     layout = "parallel={pp: 2, pipeline_schedule: dualpipev}"
