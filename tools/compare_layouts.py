@@ -4,9 +4,10 @@
 
 Each run is a real launch (`bitscale train` under torchrun, gloo) of a small decoder on real text
 through the transition, one CPU thread a rank. Then every layout reads the same checkpoint and
-quantizes it: codes and scales are compared by checksum. Exit code 1 if a curve leaves its tolerance
-or a code differs. Runs that are finished in --work are not repeated. About eight minutes on two
-idle cores.
+quantizes it: codes and scales are compared by checksum. At last a fault is planted, the scale of
+each rank's part alone, which both comparisons have to notice. Exit code 1 if a curve leaves its
+tolerance, a code differs, or the fault is not noticed. Runs that are finished in --work are not
+repeated. About ten minutes on two idle cores.
 """
 
 import argparse
@@ -31,18 +32,22 @@ from compare_zero import (
     commit,
     differences,
     excesses,
+    is_finished,
     launch,
     prepare,
+    read_curve,
     train,
 )
 
 from bitscale import checkpoint, run
+from bitscale.cli.main import main as bitscale_main
 from bitscale.config import num_kv_heads, parse_config
 from bitscale.mesh import close_mesh, init_mesh, share_model
 from bitscale.model.bitlinear import bit_linears, prepare_weights, set_strength
 from bitscale.model.collectives import shard_of
 from bitscale.model.decoder import Decoder
 from bitscale.model.layers import ranks_of
+from bitscale.model.parallel import ShardedLinear
 from bitscale.quant.schedule import TERNARY
 
 TOLERANCES = {"fp32": (1e-5, 1e-4, 1e-3), "bf16": (2e-3, 2e-3, 4e-3)}
@@ -55,10 +60,16 @@ class Layout(NamedTuple):
     sequence_parallel: bool
     stage: int
     pp: int = 1
+    schedule: str = "1f1b"
+    checkpointing: str = "none"
 
     @property
     def name(self) -> str:
         return "-".join(map(str, self))
+
+    @property
+    def pp_name(self) -> str:
+        return f"{self.pp}, V" if self.schedule == "dualpipev" else str(self.pp)
 
     @property
     def overrides(self) -> list[str]:
@@ -67,6 +78,8 @@ class Layout(NamedTuple):
             f"engine.zero_stage={self.stage}",
             f"parallel.tp={self.tp}",
             f"parallel.pp={self.pp}",
+            f"parallel.pipeline_schedule={self.schedule}",
+            f"train.activation_checkpointing={self.checkpointing}",
             "model.num_layers=4",
             f"parallel.sequence_parallel={str(self.sequence_parallel).lower()}",
             f"checkpoint.every={TERNARY_STEP}",
@@ -93,11 +106,17 @@ LAYOUTS = [
     Layout("fp32", 4, 1, False, 1, pp=4),
     Layout("fp32", 4, 1, False, 1, pp=2),
     Layout("fp32", 4, 2, True, 1, pp=2),
+    Layout("fp32", 4, 2, True, 1, pp=2, checkpointing="selective"),
+    Layout("fp32", 4, 2, True, 1, pp=2, checkpointing="full"),
+    Layout("fp32", 2, 1, False, 1, pp=2, schedule="dualpipev"),
+    Layout("fp32", 4, 1, False, 1, pp=2, schedule="dualpipev"),
     SINGLE["bf16"],
     Layout("bf16", 2, 2, False, 1),
     Layout("bf16", 2, 2, True, 1),
     Layout("bf16", 2, 1, False, 1, pp=2),
+    Layout("bf16", 2, 1, False, 1, pp=2, schedule="dualpipev"),
 ]
+PLANTED = Layout("fp32", 2, 2, False, 1)  # where the fault is planted
 
 
 def main() -> int:
@@ -107,7 +126,13 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/compare-layouts"))
     parser.add_argument("--codes-of", type=Path, help=argparse.SUPPRESS)  # what a rank runs
     parser.add_argument("--tp", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--plant", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.plant:
+        plant_local_scale()
+    if args.command:
+        return bitscale_main(args.command)
     if args.codes_of:
         print_checksum(args.codes_of, args.tp)
         return 0
@@ -123,23 +148,46 @@ def main() -> int:
         tp: launch([__file__, "--codes-of", str(saved), "--tp", str(tp)], tp).strip()
         for tp in (1, 2, 4)
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(report(curves, codes, str(args.corpus or BUILTIN)), encoding="utf-8")
-    print(f"wrote {args.out}")
-    failures = [
-        line
-        for layout in LAYOUTS
-        for line in excesses(
-            layout.name,
-            curves[layout],
-            curves[SINGLE[layout.dtype]],
-            TOLERANCES[layout.dtype],
+    planted = train_planted(corpus, args.work)
+    faulty = excesses_of(PLANTED, planted, curves)
+    program = [__file__, "--plant", "--codes-of", str(saved), "--tp", "2"]
+    planted_codes = launch(program, 2).strip()
+    if planted_codes != codes[1]:
+        faulty.append(
+            f"TP 2: codes and scales {planted_codes[:32]}, the single process's {codes[1][:32]}"
         )
-    ]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    text = report(curves, codes, str(args.corpus or BUILTIN), faulty)
+    args.out.write_text(text, encoding="utf-8")
+    print(f"wrote {args.out}")
+    failures = [line for layout in LAYOUTS for line in excesses_of(layout, curves[layout], curves)]
     if len(set(codes.values())) > 1:
         failures.append(f"codes or scales differ: {codes}")
+    if len(faulty) < 2:
+        failures.append(f"the planted local scale was not noticed by both comparisons: {faulty}")
     print("\n".join(failures) or "every curve is within its tolerance, and all codes are equal")
     return 1 if failures else 0
+
+
+def excesses_of(layout: Layout, curve: Curve, curves: dict[Layout, Curve]) -> list[str]:
+    """What is further from the single process than is allowed, in words."""
+    single, limits = curves[SINGLE[layout.dtype]], TOLERANCES[layout.dtype]
+    return excesses(layout.name, curve, single, limits)
+
+
+def plant_local_scale() -> None:
+    """Let each rank take the scale of its own part of a matrix, as Megatron's guidance has it."""
+    ShardedLinear._scale_group = lambda _: None  # type: ignore[method-assign,assignment]
+
+
+def train_planted(corpus: Path, work: Path) -> Curve:
+    """`train` of PLANTED with the fault."""
+    run_dir = work / f"{PLANTED.name}-planted"
+    if not is_finished(run_dir):
+        command = ["train", str(work / "config.yaml"), f"run.dir={run_dir}"]
+        command += [f"data.corpora=[{{path: {corpus}}}]", *PLANTED.overrides]
+        launch([__file__, "--plant", "--command", *command], PLANTED.ranks)
+    return read_curve(run_dir)
 
 
 def print_checksum(path: Path, tp: int) -> None:
@@ -175,13 +223,16 @@ def print_checksum(path: Path, tp: int) -> None:
     close_mesh()
 
 
-def report(curves: dict[Layout, Curve], codes: dict[int, str], corpus_name: str) -> str:
+def report(
+    curves: dict[Layout, Curve], codes: dict[int, str], corpus_name: str, faulty: list[str]
+) -> str:
     rows = []
     for layout in LAYOUTS:
         place = (
             f"| {layout.dtype} | {layout.ranks} | {layout.tp} | "
-            f"{'yes' if layout.sequence_parallel else 'no'} | {layout.pp} | "
+            f"{'yes' if layout.sequence_parallel else 'no'} | {layout.pp_name} | "
             f"{layout.ranks // (layout.tp * layout.pp)} | {layout.stage} | "
+            f"{layout.checkpointing} | "
         )
         if layout == SINGLE[layout.dtype]:
             rows.append(place + "the single process ||||")
@@ -202,6 +253,7 @@ def report(curves: dict[Layout, Curve], codes: dict[int, str], corpus_name: str)
         clip=CLIP,
         rows="\n".join(rows),
         codes="\n".join(f"| {tp} | `{checksum[:32]}` |" for tp, checksum in codes.items()),
+        faulty="\n".join(faulty) or "nothing",
         tolerances="\n".join(
             f"| {dtype} | " + " | ".join(f"{limit:.0e}" for limit in limits) + " |"
             for dtype, limits in TOLERANCES.items()
@@ -217,12 +269,12 @@ Written by `python tools/compare_layouts.py`: {date}, commit {commit}; {machine}
 
 Each row is one real launch (`bitscale train` under torchrun) of a 4-layer decoder of width 64, 4
 heads and 2 key/value heads (at TP 4 two ranks hold each) on real text: {steps} steps, AdamW,
-gradients clipped at {clip}, transition at step {transition}, linear λ ramp to step {ternary}. The
-figures are the largest |difference| of the training loss to the single process over the steps of a
-phase, in nats, and that of the final validation loss.
+gradients clipped at {clip}, transition at step {transition}, linear λ ramp to step {ternary}. PP
+with V is the schedule DualPipeV. The figures are the largest |difference| of the training loss to
+the single process over the steps of a phase, in nats, and that of the final validation loss.
 
-| dtype | ranks | TP | SP | PP | DP | ZeRO | 16 bit | ramp | ternary | validation |
-|---|---|---|---|---|---|---|---|---|---|---|
+| dtype | ranks | TP | SP | PP | DP | ZeRO | recomputed | 16 bit | ramp | ternary | validation |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 {rows}
 
 Allowed (the command fails beyond it):
@@ -244,8 +296,17 @@ quantizes it. SHA-256 of all codes and scales, put together from the ranks:
 |---|---|
 {codes}
 
-That outputs and integer sums at λ = 1 are bitwise equal too, and that a scale taken by each rank
-alone would be noticed, is asserted in `tests/dist/test_parallel_layers.py`.
+That outputs and integer sums at λ = 1 are bitwise equal too is asserted in
+`tests/dist/test_parallel_layers.py`.
+
+## A local scale is noticed
+
+The same command then lets each rank take the scale of its own part of a matrix, in a run in fp32 at
+TP 2 and in the comparison of codes. What it says:
+
+```
+{faulty}
+```
 """
 
 if __name__ == "__main__":

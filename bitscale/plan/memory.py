@@ -36,6 +36,7 @@ class Memory:
     parts: dict[str, float]  # PARTS
     activations: dict[str, float]  # by kind, at the start of a backward pass
     logits: float  # log-softmax and the gradients of the loss, at the same moment
+    workspace: float  # gradients within a block, which are there after them
     block: float  # of one block of one micro-batch: what it saves, and gradients within it
     layers: float  # of `activations`: what the blocks keep
     recomputed: float  # of one block: what it computes again, and gradients within it
@@ -51,7 +52,9 @@ class Memory:
         activations block by block: one of the two ends is the higher."""
         always = sum(self.parts.values()) - self.passing_gradients
         moments = {
-            "start of the backward pass": always + sum(self.activations.values()) + self.logits,
+            "start of the backward pass": always
+            + sum(self.activations.values())
+            + max(self.logits, self.workspace),
             "end of the backward pass": always
             + self.passing_gradients
             - self.block_gradients
@@ -113,15 +116,18 @@ def memory(layout: Layout, stage: Stage, phase: Phase) -> Memory:
     if phase == "ternary" and layout.way == "kernels" and cfg.quant.kernel == "reference":
         tokens = layout.micro_batch_tokens
         workspace += cost.reference_workspace_bytes(cfg.model, at, tokens)
+    # BF16_Optimizer empties them after each pass, and frees them after the step.
+    is_passing = b == 2 and (zero >= 2 or layout.num_micro_batches == 1)
     return Memory(
         parts=parts,
         activations=activations,
         logits=logits,
+        workspace=workspace,
         block=layout.micro_batch_tokens * (saved + again) + workspace,
         layers=stage.num_layers * stage.in_flight * layout.micro_batch_tokens * saved,
         recomputed=layout.micro_batch_tokens * again + workspace if again else 0.0,
-        passing_gradients=parts["gradients"] if b == 2 else 0.0,
-        block_gradients=float(b * sum(matrices)) if b == 2 and zero < 2 else 0.0,
+        passing_gradients=parts["gradients"] if is_passing else 0.0,
+        block_gradients=float(b * sum(matrices)) if is_passing and zero < 2 else 0.0,
         other_passes=sum(activations.values()) * (stage.in_flight - 1) / stage.in_flight,
         # More than so many elements in one tensor are reduced in place.
         reduction_copy=4.0 * num_elements
@@ -217,8 +223,13 @@ def _buffers(layout: Layout, stage: Stage, phase: Phase, num_elements: int) -> f
     elif zero == 3:
         bytes_ += 4.0 * bucket + 4.0 * filled  # the bucket, and its copy in order of ranks
     if layout.pp > 1:
-        # DeepSpeed's pipeline keeps what a stage received and what it sends.
-        bytes_ += 2 * stage.in_flight * at.residual_share * b * tokens * cfg.model.d_model
+        # DeepSpeed's pipeline keeps what a stage received and what it sends, and in two buffers at
+        # least, which the last stage fills with logits.
+        num_buffers = max(stage.in_flight, 2)
+        bytes_ += 2 * num_buffers * at.residual_share * b * tokens * cfg.model.d_model
+        if stage.has_head:
+            vocab = cost.shard(cfg.model, layout.tp).vocab
+            bytes_ += num_buffers * cost.FLOAT_BYTES * tokens * vocab
     if layout.tp > 1:
         # The sum over ranks, or the gathered sequence.
         bytes_ += tokens * cfg.model.d_model * (4.0 if phase == "ternary" else b)

@@ -65,6 +65,7 @@ class Layout(NamedTuple):
 # What else may go wrong in a pipeline; each is a change of tiny_config's sections.
 TIED: dict[str, dict[str, Any]] = {}
 UNTIED = {"model": {"tie_embeddings": False, "bias": True, "qk_norm": True}}
+UNEVEN = {"model": UNTIED["model"] | {"num_layers": 5}}
 DOCUMENTS = {"data": {"reset_attention": True}, "train": {"activation_checkpointing": "full"}}
 FEW_DOCUMENTS = DOCUMENTS | {
     "train": {"activation_checkpointing": "selective", "micro_batch_size": 2},
@@ -77,7 +78,7 @@ RUNS = {
     "pp2": (Layout(2, 2), "fp32", TIED),
     "pp2-documents": (Layout(2, 2), "fp32", DOCUMENTS),
     "pp2-residual": (Layout(2, 2), "fp32", RESIDUAL),
-    "pp2-bf16-untied": (Layout(2, 2), "bf16", UNTIED),
+    "pp2-bf16-uneven": (Layout(2, 2), "bf16", UNEVEN),
     "pp4": (Layout(4, 4), "fp32", TIED),
     "pp4-bf16-documents": (Layout(4, 4), "bf16", UNTIED | DOCUMENTS),
     "pp2-dp2": (Layout(4, 2), "fp32", WIDE),
@@ -229,7 +230,7 @@ def check_curve(curve: Curve, expected: Curve, dtype: str) -> None:
 
 def check_quantizations(ranks: list[Seen], layout: Layout, cfg: Config) -> None:
     """Each weight once a step, whatever the number of micro-batches (2 or more everywhere)."""
-    assert sum(ranks[0].num_layers) == 28 * layout.world_size // layout.pp
+    assert sum(ranks[0].num_layers) == num_linears(cfg) * layout.world_size // layout.pp
     if layout.tp > 1 or cfg.quant.preset != "b158" or cfg.transition.residual.peak:
         return
     for seen, num_layers in zip(ranks, ranks[0].num_layers, strict=True):
@@ -240,6 +241,10 @@ def check_quantizations(ranks: list[Seen], layout: Layout, cfg: Config) -> None:
                 assert calls == {"blend_weight": num_layers}
             else:
                 assert calls == {"ternarize": num_layers}
+
+
+def num_linears(cfg: Config) -> int:
+    return 7 * cfg.model.num_layers
 
 
 def check_finished_model(ranks: list[Seen], cfg: Config, corpus: Path) -> None:
@@ -261,7 +266,7 @@ def check_finished_model(ranks: list[Seen], cfg: Config, corpus: Path) -> None:
 
     wanted = TernaryTelemetry(model).read(lambda weight: nullcontext(weight.data), compute=True)
     got = [(name, figures) for seen in ranks for name, figures in seen.figures.items()]
-    assert len(got) == len(wanted) == 28
+    assert len(got) == len(wanted) == num_linears(cfg)
     assert dict(got) == wanted
     assert ranks[0].ternary == {f"{name}.weight" for name in wanted}
 

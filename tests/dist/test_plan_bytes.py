@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_runs import make_batches, make_engine, micro_batches, tiny_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,22 +70,31 @@ PARTS = {
 
 
 class CountPayload(TorchDispatchMode):
-    """Bytes of the whole tensor of each collective."""
+    """Bytes of the whole tensor of each collective of several ranks."""
 
-    def __init__(self, ignored: int = SMALL_PAYLOAD) -> None:
+    def __init__(self, *kinds: str, ignored: int = SMALL_PAYLOAD) -> None:
         super().__init__()
         self.ignored, self.payload = ignored, Counter[str]()
+        self.kinds = kinds or ("allreduce", "allgather", "reduce_scatter")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
         name = str(func)
-        if name.startswith("c10d."):
+        if name.startswith("c10d.") and _group_size(args) > 1:
             whole = max(_bytes(t) for t in _tensors(args))
-            for key in ("allreduce", "allgather", "reduce_scatter"):
+            for key in self.kinds:
                 if key in name and whole > self.ignored:
                     self.payload[key] += whole
         return func(*args, **(kwargs or {}))
+
+
+def _group_size(args: Any) -> int:
+    """Of the process group among an operator's arguments."""
+    (group,) = [
+        a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())
+    ]
+    return dist.ProcessGroup.unbox(group).size()
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -173,6 +173,8 @@ def changed(value: Any, key: str) -> Any:
         "quant.weight_scale": "absmedian",
         "quant.activation_bits": 16,
         "train.dtype": "bf16",
+        "train.activation_checkpointing": "selective",
+        "parallel.pipeline_schedule": "dualpipev",
         "train.global_batch_size": 12,
         "train.steps": 101,
         "train.stop_step": 51,
@@ -230,6 +232,8 @@ def test_hash_changes_with_every_key_that_can_change_results(make_config: MakeCo
             other["parallel"]["tp"] = 2
         if key == "transition.guard.action":
             other["checkpoint"]["every"] = 5
+        if key == "parallel.pipeline_schedule":
+            other["parallel"]["pp"], other["model"]["num_layers"] = 2, 4
         after = parse_config(other, where=key)
         seen += 1
         if config_hash(after) == before:

@@ -171,6 +171,18 @@ COMBINATION_ERRORS = {
         ["parallel.pp=5"],
         ["parallel.pp=5", "model.num_layers=2", "at most as many"],
     ),
+    "more stages than layers, two a rank": (
+        ["parallel.pp=2", "parallel.pipeline_schedule=dualpipev"],
+        ["pipeline_schedule='dualpipev' makes 4 stages", "model.num_layers=2", "at most as many"],
+    ),
+    "schedule without a pipeline": (
+        ["parallel.pipeline_schedule=dualpipev"],
+        ["pipeline_schedule='dualpipev'", "parallel.pp=1", "raise pp"],
+    ),
+    "activation checkpointing as a boolean": (
+        ["train.activation_checkpointing=true"],
+        ["train.activation_checkpointing=true", "'none', 'selective' or 'full'"],
+    ),
     "pipeline with ZeRO-3": (
         ["parallel.pp=2", "engine.zero_stage=3"],
         ["parallel.pp=2", "engine.zero_stage=3", "use engine.zero_stage=1"],
@@ -266,6 +278,15 @@ def test_layout_must_divide_the_ranks(make_config: MakeConfig) -> None:
     assert_tells(error, ["parallel.tp=2 x parallel.pp=2", "world_size=6", "launch 4 ranks"])
     for ranks in (4, 8, 16):
         check_world_size(cfg, ranks)
+
+
+def test_dualpipev_needs_micro_batches_for_both_stages_of_a_rank(make_config: MakeConfig) -> None:
+    pipeline = ("parallel={pp: 2, pipeline_schedule: dualpipev}", "model.num_layers=4")
+    sizes = ("train.micro_batch_size=2", "train.global_batch_size=12")
+    check_world_size(make_config(*pipeline, *sizes), 2)
+    with pytest.raises(ConfigError) as error:
+        check_world_size(make_config(*pipeline, *sizes), 4)
+    assert_tells(error, ["needs 4 micro-batches", "gives 3", "a global batch of 16", "1f1b"])
 
 
 def test_world_size_that_fits(make_config: MakeConfig) -> None:
