@@ -80,8 +80,10 @@ def choose_architecture(source: ModelSource) -> Architecture:
         "model.head_bits=8; they compute a floating-point head": m.head_bits == 8,
         "a norm or rotation inside the quantizer": source.spec.norm != "none"
         or source.spec.hadamard is not None,
-        "both model.sub_norm and model.qk_norm": m.sub_norm and m.qk_norm,
-        "model.sub_norm with an untied head (bitnet shares the embedding)": m.sub_norm
+        "a SubLN that is still coming in (model.sub_norm='transition' in its ramp)": m.sub_norm
+        == "transition",
+        "both model.sub_norm and model.qk_norm": bool(m.sub_norm) and m.qk_norm,
+        "model.sub_norm with an untied head (bitnet shares the embedding)": bool(m.sub_norm)
         and not m.tie_embeddings,
         f"biases in a model that needs {architecture!r}": biases and architecture != "llama",
         f"rope_scaling llama3 in a model that needs {architecture!r}": not linear

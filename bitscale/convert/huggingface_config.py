@@ -35,6 +35,8 @@ def family_of(m: ModelConfig) -> Family:
             raise _unheld(f"model.norm='layernorm' with norm_eps={m.norm_eps:g} (OLMo's is 1e-5)")
         _refuse_together(m, "OLMo's norm", qk_norm=m.qk_norm, bias=m.bias is not False)
         return "olmo"
+    if m.sub_norm == "transition":
+        raise _unheld("a SubLN that is still coming in (model.sub_norm='transition' in its ramp)")
     if m.sub_norm:
         mlp_bias = m.bias is True or m.bias == "qkv"
         _refuse_together(m, "model.sub_norm=true", qk_norm=m.qk_norm, bias=mlp_bias)

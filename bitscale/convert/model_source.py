@@ -29,6 +29,7 @@ from bitscale.convert.loaded import DTYPES, decoder_on_meta
 from bitscale.data.corpus import load_corpus
 from bitscale.errors import CheckpointError, DataError
 from bitscale.model.bitlinear import bit_linears
+from bitscale.model.norms import is_sub_norm
 from bitscale.quant.learned import initial_scale
 from bitscale.quant.quantizer import Codes, dequantize
 from bitscale.quant.reference import Ternary, finished_bias, ternarize
@@ -173,13 +174,18 @@ def checkpoint_source(path: Path) -> ModelSource:
     # The step that was trained last; ε follows from it, as λ does, which the checkpoint repeats.
     amendments = parse_amendments(meta.amendments, str(reader.path))
     residual = quant_strength(max(meta.step - 1, 0), cfg, amendments).residual
-    shapes = {name: tuple(shape) for name, shape in meta.shapes.items()}
+    model = _as_it_computes(cfg.model, meta.lambda_weight)
+    shapes = {
+        name: tuple(shape)
+        for name, shape in meta.shapes.items()
+        if model.sub_norm or not is_sub_norm(name)
+    }
     tokenizer_file, eod_token = _tokenizer(cfg, path)
     return ModelSource(
         path=path,
         kind="checkpoint",
         form="fp32 masters",
-        model=cfg.model,
+        model=model,
         quant=cfg.quant,
         dtype=cfg.train.dtype,
         strength=Strength(meta.lambda_weight, meta.lambda_activation, residual),
@@ -195,9 +201,16 @@ def checkpoint_source(path: Path) -> ModelSource:
         versions=meta.versions,
         recipe={key: value for key, value in meta.config.items() if key in _RECIPE},
         shapes=shapes,
-        ternary_names=ternary_names(cfg.model, cfg.quant),
+        ternary_names=ternary_names(model, cfg.quant),
         read=partial(_read_master, reader, shapes),
     )
+
+
+def _as_it_computes(m: ModelConfig, strength: float) -> ModelConfig:
+    """A SubLN that comes in with λ is none before the transition, and an ordinary one after it."""
+    if m.sub_norm != "transition" or 0.0 < strength < 1.0:
+        return m
+    return m.model_copy(update={"sub_norm": strength == 1.0})
 
 
 # What decides the weights; the rest of a configuration says where and how fast.
