@@ -11,6 +11,7 @@ import argparse
 import datetime
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -288,7 +289,8 @@ def _provenance(minutes: float) -> str:
     return f"""\
 ## Provenance
 
-{today}, {os.cpu_count()} CPU cores ({platform.machine()}), gloo, one thread a rank; {found}.
+{today}, commit {_commit()}, {os.cpu_count()} CPU cores ({platform.machine()}), gloo, one thread a
+rank; {found}.
 {minutes:.0f} minutes on a busy machine by
 
 ```
@@ -296,8 +298,13 @@ python tools/inject_faults.py {" ".join(sys.argv[1:])}
 ```
 
 Negative exit codes are signals: the process was killed. Messages are quoted whole, but for the
-temporary folder in front of paths. CI runs a third of them (`tests/e2e/test_faults.py`).
+temporary folder in front of paths. CI runs 22 of them (`tests/e2e/test_faults.py`).
 """
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":
