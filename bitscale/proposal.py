@@ -65,19 +65,19 @@ def propose_ramp(
         shape: float(np.sqrt(np.mean((shape_over(shape, u) - ideal) ** 2))) for shape in SHAPES
     }
     # The paper's ramp jumps at its end, however long it is: it may have to be left out.
-    shape = next(
-        shape
-        for shape in sorted(distances, key=distances.__getitem__)
-        if shape != "paper" or _last_rise(strengths, rises, shape) <= max_rise
-    )
+    jump = _last_rise(strengths, rises, "paper")
+    nearest, second, *_ = sorted(distances, key=distances.__getitem__)
+    left_out = nearest == "paper" and jump > max_rise
+    shape = second if left_out else nearest
     num_steps = _fewest_steps(strengths, rises, shape, max_rise)
+    but = f" (but for paper, whose jump at the end is {jump:.3f} nats)" if left_out else ""
     return Proposal(
         shape,
         num_steps,
         _ceil(whole / max_rise),
         distances,
-        f"{shape} is nearest to equal rises on equal steps; over {num_steps:,} steps none raises "
-        f"the loss at these weights by more than {max_rise:g} nats",
+        f"{shape} is nearest to equal rises on equal steps{but}; over {num_steps:,} steps none "
+        f"raises the loss at these weights by more than {max_rise:g} nats",
     )
 
 

@@ -70,7 +70,7 @@ def _draw_curves(
 
 
 def _draw_ramps(panel: Any, ramps: Sequence[Ramp], ideal: str, proposed: str) -> None:
-    panel.set_title("Ramps: λ over the share of the ramp (black: equal rises on equal steps)")
+    panel.set_title("Ramps: λ over the share of the ramp")
     colors = iter(SERIES)
     for name, share, strength in ramps:
         is_ideal, is_proposed = name == ideal, name == proposed

@@ -10,7 +10,6 @@ from test_fragments import same
 from test_layouts import save
 from tiny_runs import (
     NO_PERSISTENCE,
-    SOME_PERSISTENCE,
     make_batches,
     make_engine,
     micro_batches,
@@ -42,7 +41,7 @@ class Case(NamedTuple):
     def config(self) -> Config:
         # Sizes that ranks do not divide leave padding in ZeRO's tensors.
         make = odd_config if self.tp * self.pp == 1 else tiny_config
-        deepspeed = {3: NO_PERSISTENCE if self.world_size == 2 else SOME_PERSISTENCE}
+        deepspeed = {3: NO_PERSISTENCE}
         return make(
             self.stage,
             self.dtype,
@@ -52,8 +51,8 @@ class Case(NamedTuple):
         )
 
 
-CASES = [Case(2, stage, "fp32") for stage in (0, 2, 3)] + [Case(2, 1, "bf16")]
-CASES += [Case(4, 1, "bf16", tp=2, pp=2), Case(4, 3, "bf16", tp=2)]
+CASES = [Case(2, 0, "fp32"), Case(2, 1, "bf16"), Case(2, 3, "fp32")]
+CASES += [Case(4, 1, "bf16", tp=2, pp=2)]
 
 
 def go_wrong_and_back(mesh: Mesh, case: Case, root: Path, corpus: Path) -> None:

@@ -52,13 +52,12 @@ def runs(
             zero_3,
             2,
             nan,
-            [*moments[:2], 26],
+            moments[:2],
         ),
         job("slower", slower, 2, too_steep),
-        job("slower-expected", slower, 2, amendments_of=str(root / "slower")),
-        job("slower-killed", slower, 2, too_steep, [moments[2], 24]),
+        job("slower-killed", slower, 2, too_steep, [moments[2], 26]),
         job("spike", spike, 1, other_text),
-        job("spike-killed", spike, 1, other_text, [21, moments[3], 24]),
+        job("spike-killed", spike, 1, other_text, [21, moments[3]]),
         job("hopeless", hopeless, 1, Fault("nan", POISONED, 30)),
         job("fork", [*skip, "checkpoint.every=8"], 1, Fault("nan", 15, 15), resume=str(trunk)),
     ]
@@ -69,7 +68,7 @@ def runs(
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=590,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     codes = json.loads(done.stdout.splitlines()[-1])
@@ -106,16 +105,12 @@ def test_a_ramp_that_was_too_steep_is_slowed_down(runs: dict[str, Any]) -> None:
     assert [strength[s] for s in (16, 19, 20)] == [0, 3 / 6, 4 / 6]
     assert strength[22] == pytest.approx((4 + 2 / 3) / 6)
     assert (strength[25] < 1, strength[26]) == (True, 1)
-    expected, codes = runs["slower-expected"]
-    assert codes == [0]
-    assert differences(expected, run_dir) == []
 
 
 @pytest.mark.parametrize("name", ["skip", "slower", "spike"])
 def test_kills_on_the_way_change_nothing(runs: dict[str, Any], name: str) -> None:
     run_dir, codes = runs[f"{name}-killed"]
-    num_kills = {"skip": 3, "slower": 2, "spike": 3}[name]
-    assert codes == [KILLED] * num_kills + [0], log_of(run_dir)
+    assert codes == [KILLED, KILLED, 0], log_of(run_dir)
     whole, _ = runs[name]
     assert differences(whole, run_dir) == []
     amendments = (run_dir / "amendments.json").read_text()
@@ -145,6 +140,7 @@ def test_gives_up_and_stays_given_up(runs: dict[str, Any], tmp_path: Path) -> No
     found = rollbacks(run_dir)
     # The second goes back one checkpoint further: the first had not been enough.
     assert [(e["from_step"], e["skipped_batches"]) for e in found] == [(20, [22]), (15, [23])]
+    assert (run_dir / "checkpoints" / "superseded-step-00000020").is_dir()
     (summary,) = write_report([run_dir], tmp_path / "report")
     assert summary.num_rollbacks == 2
     assert "rollbacks" in (tmp_path / "report" / "report.html").read_text()

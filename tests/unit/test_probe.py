@@ -200,6 +200,7 @@ def test_the_paper_ramp_is_left_out_where_its_jump_is_too_high() -> None:
     jump = 1 - np.interp(ramp_value("paper", 1 - 1e-9, 1), GRID, rises)
     assert propose_ramp(GRID, rises, error=0.001, max_rise=1.01 * jump).shape == "paper"
     other = propose_ramp(GRID, rises, error=0.001, max_rise=0.99 * jump)
+    assert "but for paper, whose jump at the end is" in other.why
     assert other.shape != "paper" and other.distances["paper"] < other.distances[other.shape]
 
 
