@@ -71,7 +71,7 @@ def main() -> int:
 def prepare(text: str, directory: Path) -> Path:
     """The prefix of a training shard of `text`."""
     size = str(MODEL["vocab_size"])
-    command = ["prepare", text, "--out", str(directory), "--vocab-size", size]
+    command = ["prepare", text, "--out", str(directory), "--vocab-size", size, "--split", "1,0,0"]
     subprocess.run([sys.executable, "-m", "bitscale.cli.main", *command], check=True)
     return directory / "train"
 
