@@ -71,7 +71,7 @@ def main() -> int:
 def prepare(text: str, directory: Path) -> Path:
     """The prefix of a training shard of `text`."""
     size = str(MODEL["vocab_size"])
-    command = ["prepare", text, "--out", str(directory), "--vocab-size", size]
+    command = ["prepare", text, "--out", str(directory), "--vocab-size", size, "--split", "1,0,0"]
     subprocess.run([sys.executable, "-m", "bitscale.cli.main", *command], check=True)
     return directory / "train"
 
@@ -86,7 +86,8 @@ def compare(work: Path, corpus: Path) -> Results:
         left = (time.perf_counter() - begin) / done * (2 * len(LAYOUTS) - done)
         print(f"{text}; ETA {format_duration(left)}", flush=True)
 
-    worlds = {layout.world_size: World(layout.world_size) for layout in LAYOUTS}
+    sizes = {layout.world_size for layout in LAYOUTS}
+    worlds = {size: World(size, start_seconds=SECONDS) for size in sizes}
     kept: dict[Layout, Kept] = {}
     for index, (layout, policy) in enumerate(LAYOUTS.items()):
         arguments = (run_config(layout, policy, **CHANGES), corpus, work / f"run{index}")

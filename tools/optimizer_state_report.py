@@ -184,6 +184,64 @@ def verdict(table: Table) -> tuple[str, str]:
     return softens, "confirmed" if compensated else "not within these tokens"
 
 
+def outcomes(tables: dict[str, Table]) -> str:
+    """What became of each prediction, in its order."""
+    table = tables["jump"]
+    reset = CONTRASTS["reset - keep, rate continued"]
+    peak, early, valid = (
+        contrast(table, reset, field) for field in ("peak_excess", "early_excess", "valid_excess")
+    )
+    height = interval([seen.peak_excess for seen in table[KEEP]]).mean
+    lines = [
+        f"1. {judged(peak, 1)}: the peak after a reset differs by {peak}, which is "
+        f"{abs(peak.mean) / height:.0%} of the peak after a keep. The mean of the first "
+        f"{REWARM_STEPS} steps differs by {early}: {tendency(early)}."
+    ]
+    shown = []
+    for state in ("kept", "reset"):
+        pair = CONTRASTS[f"re-warmed - continued, state {state}"]
+        lowered = contrast(table, pair, "peak_excess")
+        shown.append(f"{judged(lowered, -1)} ({lowered}) with the state {state}")
+    rewarmed = contrast(table, CONTRASTS["reset - keep, rate re-warmed"], "peak_excess")
+    lines.append(
+        f"2. A lower peak by re-warming: {'; '.join(shown)}. Re-warmed, a reset's peak differs "
+        f"from a keep's by {rewarmed}."
+    )
+    same = valid.low <= 0 <= valid.high or abs(valid.mean) < 0.1 * abs(peak.mean)
+    lines.append(
+        f"3. {'as predicted' if same else 'not within these tokens'}: at the end the validation "
+        f"losses of reset and keep differ by {valid}."
+    )
+    if "ramp" in tables:
+        lines.append(ramp_outcome(tables))
+    return "\n".join(lines)
+
+
+def ramp_outcome(tables: dict[str, Table]) -> str:
+    """Over the seeds that both shapes have."""
+    jump, ramp = tables["jump"], tables["ramp"]
+    pairs = zip(jump[KEEP], ramp[KEEP], strict=False)
+    lower = interval([b.peak_excess - a.peak_excess for a, b in pairs])
+    order = contrast(ramp, CONTRASTS["reset - keep, rate continued"], "peak_excess")
+    return (
+        f"4. A lower peak by a ramp: {judged(lower, -1)} ({lower}, state kept, rate continued). "
+        f"With it a reset's peak differs from a keep's by {order}: {judged(order, 1)}."
+    )
+
+
+def judged(value: Interval, expected_sign: int) -> str:
+    """Of a difference that was predicted to be positive (1) or negative (-1)."""
+    if value.low <= 0 <= value.high:
+        return "not seen"
+    return "as predicted" if value.mean * expected_sign > 0 else "the contrary of the prediction"
+
+
+def tendency(early: Interval) -> str:
+    if early.low <= 0 <= early.high:
+        return "no difference is seen there"
+    return "there a reset is the better one" if early.mean < 0 else "there too a keep is better"
+
+
 def draw(tables: dict[str, Table]) -> Figure:
     """Mean excess with its interval, a panel a shape."""
     with matplotlib.rc_context(STYLE):
@@ -223,6 +281,7 @@ def render(tables: dict[str, Table], provenance: str) -> str:
         provenance=provenance,
         sections="\n".join(sections),
         softens=softens,
+        outcomes=outcomes(tables),
         compensates=compensates,
         fork=FORK_STEP,
         after=AFTER_STEPS,
@@ -298,7 +357,9 @@ the final validation losses is smaller than a tenth of that of the peaks, or its
 
 ## Verdict
 With λ jumping to 1: keeping softens the spike: **{softens}**; further training compensates:
-**{compensates}**.
+**{compensates}**. Of the predictions:
+
+{outcomes}
 {missing}
 ![excess loss after the transition](../images/optimizer-state.png)
 

@@ -96,7 +96,8 @@ def test_its_one_moment_goes_through_checkpoints_and_policies(
         kinds = {key.split("|")[1] for key in file.keys() if "|" in key}  # noqa: SIM118
     assert kinds == {"master", "exp_avg"}
     arguments = (cfg, tmp_path, corpus_prefix)
-    restored, stepped, reset = world_of(world_size).run(restore_lion, *arguments)[0]
+    world = world_of(world_size)
+    restored, stepped, reset = world.run(restore_lion, *arguments, seconds=300)[0]
     assert restored.keys() == saved.keys()
     for name, whole in saved.items():
         assert same(restored[name], whole) and whole.exp_avg.any(), name

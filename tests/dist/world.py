@@ -33,8 +33,8 @@ class RankFailure(AssertionError):
 class World:
     """`size` processes in one gloo process group, one CPU thread each."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, *, start_seconds: float = START_SECONDS) -> None:
+        self.size, self._start_seconds = size, start_seconds
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -77,7 +77,7 @@ class World:
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
-        self._collect(START_SECONDS)
+        self._collect(self._start_seconds)
 
     def _collect(self, seconds: float) -> list[Any]:
         deadline = time.monotonic() + seconds
