@@ -122,6 +122,10 @@ def _load_transformers(path: Path) -> Logits:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: transformers does not load it: {reason}") from error
     model.eval()
+    # Version 5.23 leaves what is not quantized in the file's dtype, where AutoBitLinear is used.
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
 
     @torch.no_grad()
     def logits(input_ids_BS: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bitscale.config.spec import QuantSpec
+from bitscale.config.spec import CodeSpec, QuantSpec
 from bitscale.convert.model_source import dequantized
 from bitscale.errors import CheckpointError
 from bitscale.quant.quantizer import quantize, step
@@ -31,7 +31,7 @@ def latents_of_codes(ternary: Ternary, spec: QuantSpec, dtype: torch.dtype, name
     with these codes (or has no such weights here: learned and group scales).
     """
     if spec.weight.granularity == "matrix" and spec.weight.measure != "learned":
-        for latent_FD in _candidates(ternary, dtype):
+        for latent_FD in _candidates(ternary, spec.weight, dtype):
             again = quantize(latent_FD, spec.weight)
             same_scale = step(again, spec.weight) == ternary.scale
             if same_scale and torch.equal(again.codes, ternary.codes_FD):
@@ -43,18 +43,22 @@ def latents_of_codes(ternary: Ternary, spec: QuantSpec, dtype: torch.dtype, name
     )
 
 
-def _candidates(ternary: Ternary, dtype: torch.dtype) -> Iterator[Tensor]:
+def _candidates(ternary: Ternary, part: CodeSpec, dtype: torch.dtype) -> Iterator[Tensor]:
     # Scales by median or maximum, or by the mean of what is not 0.
     yield dequantized(ternary).to(dtype)
     scale = float(ternary.scale)
+    if part.eps_enters == "added":
+        scale = max(scale - part.eps, 0.0) or scale
     ulp = 2.0 ** (math.floor(math.log2(scale)) - 23)
     for i in range(2 * _MAX_ULPS + 1):  # 0, 1, -1, 2, -2, ...
         offset = (i + 1) // 2 * (1 if i % 2 else -1)
-        yield _spread(ternary.codes_FD, scale + offset * ulp, dtype)
+        for counts_zeros in (True, False):
+            yield _spread(ternary.codes_FD, scale + offset * ulp, dtype, counts_zeros)
 
 
-def _spread(codes_FD: Tensor, mean: float, dtype: torch.dtype) -> Tensor:
-    """Weights with these codes whose magnitudes have this mean, each a number of `dtype`.
+def _spread(codes_FD: Tensor, mean: float, dtype: torch.dtype, counts_zeros: bool) -> Tensor:
+    """Weights with these codes whose magnitudes have this mean, each a number of `dtype`: the
+    mean of all (absmean), or of those whose code is not 0 (twn).
 
     All nonzero ones are one of two neighbours in `dtype`; what then still lacks, less than their
     distance, goes to a weight whose code is 0 and stays far below half of the mean.
@@ -63,7 +67,7 @@ def _spread(codes_FD: Tensor, mean: float, dtype: torch.dtype) -> Tensor:
     nonzero = flat.nonzero().flatten()
     weights = torch.zeros(flat.numel(), dtype=torch.float64)
     if nonzero.numel():
-        total = mean * flat.numel()
+        total = mean * (flat if counts_zeros else nonzero).numel()
         each = total / nonzero.numel()
         grid = max(2.0 ** (math.floor(math.log2(each)) - _MANTISSA_BITS[dtype]), _GRID)
         low = math.floor(each / grid) * grid
@@ -72,7 +76,7 @@ def _spread(codes_FD: Tensor, mean: float, dtype: torch.dtype) -> Tensor:
         magnitudes[:num_high] += grid
         weights[nonzero] = magnitudes * flat[nonzero]
         lacking = total - low * nonzero.numel() - grid * num_high
-        for place in (flat == 0).nonzero().flatten()[:2]:
+        for place in (flat == 0).nonzero().flatten()[: 2 if counts_zeros else 0]:
             part = torch.tensor(lacking, dtype=torch.float64).to(dtype).double()
             weights[place] = part
             lacking = max(lacking - float(part), 0.0)

@@ -20,16 +20,17 @@ def new_path(out: Path) -> Iterator[Path]:
     """
     refuse_existing(out)
     staging = out.with_name(f".{out.name}.partial")
-    _remove(staging)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _remove(staging)
         yield staging
         _sync(staging)
         staging.rename(out)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out}: not written: {error}") from error
     finally:
-        _remove(staging)
+        if staging.exists():
+            _remove(staging)
 
 
 @contextmanager

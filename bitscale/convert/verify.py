@@ -229,16 +229,16 @@ def _random_ids(a: ModelSource, num_tokens: int) -> Tensor:
 
 
 def _text_ids(a: ModelSource, b: ModelSource, text: Path, num_tokens: int) -> Tensor:
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--text {text}: not readable as UTF-8 text ({error})") from error
     source = a if a.tokenizer_file is not None else b
     if source.tokenizer_file is None:
         raise CheckpointError(
             f"--text {text}: neither {a.path} nor {b.path} has a tokenizer; put its file beside "
             "one of them, or leave --text out"
         )
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--text {text}: not readable as UTF-8 text ({error})") from error
     tokenizer = load_tokenizer(source.tokenizer_file, source.eod_token)
     ids = tokenizer.encode(content[: 16 * num_tokens])[:num_tokens]
     if len(ids) < 2:

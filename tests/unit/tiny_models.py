@@ -28,15 +28,16 @@ MODELS: dict[str, str] = {
 
 def make_source(cfg: Config, strength: Strength = TERNARY, *, num_steps: int = 30) -> ModelSource:
     """A decoder trained for `num_steps` at `strength` on a sequence with a pattern."""
-    m = cfg.model.model_copy(update={"vocab_size": VOCAB_SIZE})
+    vocab_size = cfg.model.vocab_size or VOCAB_SIZE
+    m = cfg.model.model_copy(update={"vocab_size": vocab_size})
     cfg = cfg.model_copy(update={"model": m})
     torch.manual_seed(0)
     model = Decoder(m, cfg.quant, seed=1)
     set_strength(model, strength)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(num_steps):
-        start = torch.randint(0, VOCAB_SIZE, (8, 1))
-        ids = (start + torch.arange(17) ** 2) % VOCAB_SIZE
+        start = torch.randint(0, vocab_size, (8, 1))
+        ids = (start + torch.arange(17) ** 2) % vocab_size
         loss = model(ids[:, :-1], ids[:, 1:])
         optimizer.zero_grad()
         loss.backward()
@@ -72,8 +73,12 @@ def _read(masters: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 
 
 def make_checkpoint(
-    make_config: Callable[..., Config], out: Path, *overrides: str, strength: Strength = TERNARY
+    make_config: Callable[..., Config],
+    out: Path,
+    *overrides: str,
+    strength: Strength = TERNARY,
+    num_steps: int = 30,
 ) -> Path:
     """`make_source` of the tiny configuration with `overrides`, written as a checkpoint."""
     cfg = make_config("data.seq_len=64", "transition={at: {step: 0}}", *overrides)
-    return write_checkpoint(make_source(cfg, strength), out, {}, None)
+    return write_checkpoint(make_source(cfg, strength, num_steps=num_steps), out, {})
