@@ -61,8 +61,8 @@ def write_shard(path: Path, snapshot: Snapshot) -> Shard:
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     """Write fp32 and uint8 CPU tensors durably; returns (bytes, SHA-256 in hex).
 
-    The same bytes as `safetensors.torch.save_file`, which makes a second copy of all tensors,
-    cannot hash what it writes, and creates files that only their owner can read.
+    The same bytes as `safetensors.torch.save_file`, which cannot hash what it writes (the file
+    would have to be read again) and creates files that only their owner can read.
     """
     widest_first = list(_DTYPE_NAMES)
     names = sorted(tensors, key=lambda name: (widest_first.index(tensors[name].dtype), name))

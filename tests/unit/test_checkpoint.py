@@ -116,7 +116,7 @@ def test_files_and_keys_are_as_documented(root: Path) -> None:
 
 
 def test_state_files_have_the_bytes_of_safetensors(tmp_path: Path) -> None:
-    """Its own writer keeps a second copy of everything, and cannot hash on the way."""
+    """Ours hashes on the way."""
     tensors = {
         "rng_state": torch.get_rng_state(),
         "w|master|4": torch.randn(11),
