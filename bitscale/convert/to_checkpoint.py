@@ -4,6 +4,7 @@ One parameter is in memory at a time. The result is what `bitscale train --resum
 and `bitscale export`, `eval` and `verify` read.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bitscale.checkpoint import ANY, Meta
+from bitscale.checkpoint.format import META_NAME, SUMS_NAME, sums_text
 from bitscale.config import Config, QuantConfig, config_hash, parse_config, quant_spec, to_tree
 from bitscale.convert.latents import latents_of_codes
 from bitscale.convert.loaded import DTYPES
@@ -69,7 +71,11 @@ def write_checkpoint(
         if source.tokenizer_file is not None:
             _copy_tokenizer(source.tokenizer_file, staging)
         meta.files[_STATE_NAME] = {"bytes": state.stat().st_size, "sha256": file_sha256(state)}
-        (staging / "meta.json").write_text(json.dumps(asdict(meta), indent=1) + "\n")
+        content = json.dumps(asdict(meta), indent=1) + "\n"
+        (staging / META_NAME).write_text(content)
+        digests = {_STATE_NAME: meta.files[_STATE_NAME]["sha256"]}
+        digests[META_NAME] = hashlib.sha256(content.encode()).hexdigest()
+        (staging / SUMS_NAME).write_text(sums_text(digests))
     return out
 
 
