@@ -14,7 +14,14 @@ from bitscale.sources.megatron import is_megatron, open_megatron
 from bitscale.sources.universal import is_universal, open_universal
 from bitscale.sources.zero import is_zero, open_zero
 
-__all__ = ["ForeignSource", "StateSource", "Tensors", "locate", "open_state"]
+__all__ = [
+    "ForeignSource",
+    "StateSource",
+    "Tensors",
+    "holds_training_state",
+    "locate",
+    "open_state",
+]
 
 # Asked in this order: is it this format, and its reader.
 _FORMATS = (
@@ -36,6 +43,12 @@ def locate(path: Path) -> Path:
         if is_huggingface(candidate) or any(is_format(candidate) for is_format, _ in _FORMATS):
             return candidate
     return checkpoint.resolve(path)
+
+
+def holds_training_state(path: Path) -> bool:
+    """Whether `path` is, or leads to, a checkpoint with optimizer state of another program."""
+    candidates = [path, *(path / name for name in _named_by(path))]
+    return any(is_format(c) for c in candidates for is_format, _ in _FORMATS)
 
 
 def open_state(path: Path, cfg: Config, *, verify: tuple[int, int] = (0, 1)) -> StateSource:
