@@ -369,8 +369,12 @@ def test_pointers_of_other_programs_are_followed(tmp_path: Path) -> None:
         found = megatron_directory(root / name, {})
         (root / pointer).write_text(content)
         assert locate(root) == found
+        (root / "config.json").write_text('{"model_type": "llama"}')  # weights beside it
+        assert locate(root) == found
     with pytest.raises(CheckpointError, match=r"no checkpoint here; name a run directory"):
         locate(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert locate(tmp_path) == tmp_path
 
 
 def test_a_killed_run_finds_what_it_began_from(make_config: MakeConfig, tmp_path: Path) -> None:
