@@ -38,7 +38,7 @@ from bitscale.sources import ForeignSource, locate, open_state
 pytestmark = pytest.mark.dist
 
 STEPS = 3
-SLOW = 300.0  # seconds: another library starts, and DeepSpeed or megatron-core is imported
+SLOW = 300.0  # seconds, to import and start DeepSpeed or megatron-core on a busy machine
 BATCH = {"global_batch_size": 8, "micro_batch_size": 2}
 
 

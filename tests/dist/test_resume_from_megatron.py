@@ -40,7 +40,7 @@ from bitscale.sources import ForeignSource, locate, open_state
 pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore::UserWarning")]
 
 STEPS = 3
-SLOW = 300.0  # seconds: another library starts, and DeepSpeed or megatron-core is imported
+SLOW = 300.0  # seconds, to import and start DeepSpeed or megatron-core on a busy machine
 ITERATION = "iter_0000003"
 
 
