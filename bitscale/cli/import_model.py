@@ -9,16 +9,18 @@ examples:
   bitscale train run.yaml run.dir=runs/ternary --resume checkpoint
   bitscale import bitnet-b1.58-2B-4T checkpoint --config run.yaml
   bitscale import stories15M.bin checkpoint
+  bitscale import megatron/checkpoints checkpoint --config run.yaml
 """
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
         "import",
-        help="make a checkpoint to train on from a published model",
+        help="make a checkpoint to train on from a published model or another trainer's state",
         description="Make a checkpoint (fp32 masters, new moments, step 0) from a Hugging Face "
         "directory (Llama, Mistral, Qwen2, Qwen3, OLMo, BitNet), a packed export, or "
-        "llama2.c's .bin (docs/conversion.md).",
+        "llama2.c's .bin (docs/conversion.md); or, with --config, from a DeepSpeed or "
+        "Megatron-core checkpoint, with its optimizer state and step (docs/checkpoints.md).",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -35,6 +37,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         choices=("divide", "multiply"),
         help="how packed codes use weight_scale (default: as the model's linear_class says)",
     )
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="as of train: let this key differ from what a trainer's checkpoint says",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of --config")
     parser.set_defaults(run=run)
 
@@ -44,7 +53,10 @@ def run(args: argparse.Namespace) -> int:
     from bitscale.convert import open_source
     from bitscale.convert.to_checkpoint import write_checkpoint
     from bitscale.run import versions
+    from bitscale.sources import holds_training_state
 
+    if holds_training_state(args.source):
+        return _import_state(args)
     cfg = None if args.config is None else load_config(args.config, args.overrides)
     seq_len = args.seq_len or (None if cfg is None else cfg.data.seq_len)
     source = open_source(args.source, seq_len=seq_len, scales=args.scales)
@@ -54,5 +66,32 @@ def run(args: argparse.Namespace) -> int:
         f"imported {args.source} to {args.out}: {source.form}, {m.num_layers} layers of "
         f"{m.d_model}, {source.num_parameters / 1e6:.1f} M parameters; "
         f"train with --resume {args.out}"
+    )
+    return 0
+
+
+def _import_state(args: argparse.Namespace) -> int:
+    from bitscale import run as runs
+    from bitscale.config import load_config
+    from bitscale.errors import ConfigError
+    from bitscale.sources import locate, open_state
+    from bitscale.sources.to_checkpoint import import_state
+
+    if args.config is None:
+        raise ConfigError(
+            f"{args.source} does not describe its model and data; name the configuration of the "
+            "run that goes on from it with --config FILE"
+        )
+    cfg = load_config(args.config, args.overrides)
+    corpora = runs.load_corpora(cfg)
+    cfg = runs.resolve_vocab(cfg, corpora[0].vocab_size)
+    source, identity = open_state(locate(args.source), cfg), runs.identity(cfg, corpora)
+    comparison = runs.compare(cfg, identity, source, args.allow_change)
+    for line in (*comparison.notes, *(f"allowed change: {d}" for d in comparison.differences)):
+        print(line)
+    import_state(source, cfg, args.out, identity, runs.versions())
+    print(
+        f"imported {source.path} to {args.out}: step {source.meta.step:,}, masters and moments of "
+        f"{len(source.meta.shapes)} parameters; train with --resume {args.out}"
     )
     return 0

@@ -57,23 +57,43 @@ def write_checkpoint(
         versions=dict(versions),
         adam_steps=dict.fromkeys(shapes, 0),
     )
-    with new_directory(out) as staging:
-        state = staging / _STATE_NAME
-        specs = [TensorSpec("rng_state", torch.uint8, tuple(torch.get_rng_state().shape))]
-        for name, shape in source.shapes.items():
-            flat = (prod(shape),)
-            specs += [TensorSpec(f"{name}|{kind}|0", torch.float32, flat) for kind in _KINDS]
-        with Progress(out.name, sum(spec.num_bytes for spec in specs)) as progress:
-            write_tensors(state, specs, _tensors(source, cfg), progress)
-        if source.tokenizer_file is not None:
-            _copy_tokenizer(source.tokenizer_file, staging)
-        meta.files[_STATE_NAME] = {"bytes": state.stat().st_size, "sha256": file_sha256(state)}
-        write_meta(staging, meta)
+    write_state(out, meta, _values(source, cfg), source.tokenizer_file)
     return out
 
 
-def _tensors(source: ModelSource, cfg: Config) -> Iterator[tuple[str, Tensor]]:
+def write_state(
+    out: Path,
+    meta: Meta,
+    values: Iterator[tuple[str, str, Tensor]],
+    tokenizer_file: Path | None = None,
+) -> None:
+    """Write the new directory `out`, a checkpoint of one rank, as `values` come.
+
+    Args:
+        values: (parameter, kind, fp32 tensor), parameters in the order of `meta.shapes`, the kinds
+            master, exp_avg, exp_avg_sq of each one after the other.
+    """
+    with new_directory(out) as staging:
+        state = staging / _STATE_NAME
+        specs = [TensorSpec("rng_state", torch.uint8, tuple(torch.get_rng_state().shape))]
+        for name, shape in meta.shapes.items():
+            flat = (prod(shape),)
+            specs += [TensorSpec(f"{name}|{kind}|0", torch.float32, flat) for kind in _KINDS]
+        with Progress(out.name, sum(spec.num_bytes for spec in specs)) as progress:
+            write_tensors(state, specs, _tensors(values), progress)
+        if tokenizer_file is not None:
+            _copy_tokenizer(tokenizer_file, staging)
+        meta.files[_STATE_NAME] = {"bytes": state.stat().st_size, "sha256": file_sha256(state)}
+        write_meta(staging, meta)
+
+
+def _tensors(values: Iterator[tuple[str, str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     yield "rng_state", torch.get_rng_state()
+    for name, kind, value in values:
+        yield f"{name}|{kind}|0", value.flatten()
+
+
+def _values(source: ModelSource, cfg: Config) -> Iterator[tuple[str, str, Tensor]]:
     spec, dtype = quant_spec(cfg.quant), DTYPES[cfg.train.dtype]
     for name in source.shapes:
         if name in source.ternary_names and not source.has_latents:
@@ -82,7 +102,7 @@ def _tensors(source: ModelSource, cfg: Config) -> Iterator[tuple[str, Tensor]]:
             master = source.latent(name)
         zeros = torch.zeros(master.numel())
         for kind in _KINDS:
-            yield f"{name}|{kind}|0", master.flatten() if kind == "master" else zeros
+            yield name, kind, master if kind == "master" else zeros
 
 
 def _own_config(source: ModelSource, out: Path) -> Config:

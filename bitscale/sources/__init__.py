@@ -14,7 +14,14 @@ from bitscale.sources.megatron import is_megatron, open_megatron
 from bitscale.sources.universal import is_universal, open_universal
 from bitscale.sources.zero import is_zero, open_zero
 
-__all__ = ["ForeignSource", "StateSource", "Tensors", "locate", "open_state"]
+__all__ = [
+    "ForeignSource",
+    "StateSource",
+    "Tensors",
+    "holds_training_state",
+    "locate",
+    "open_state",
+]
 
 # Asked in this order: is it this format, and its reader.
 _FORMATS = (
@@ -29,13 +36,26 @@ _POINTERS = ("latest", "latest_universal")
 def locate(path: Path) -> Path:
     """The checkpoint directory that a user means by `path`: a checkpoint, or a directory of them.
 
+    Optimizer state comes first: transformers' Trainer puts DeepSpeed's beside weights of its own.
+
     Raises CheckpointError if there is none in a known format.
     """
-    candidates = [path, *(path / name for name in _named_by(path))]
-    for candidate in candidates:
-        if is_huggingface(candidate) or any(is_format(candidate) for is_format, _ in _FORMATS):
+    state = _training_state(path)
+    if state is not None:
+        return state
+    return path if is_huggingface(path) else checkpoint.resolve(path)
+
+
+def holds_training_state(path: Path) -> bool:
+    """Whether `path` is, or leads to, a checkpoint with optimizer state of another program."""
+    return _training_state(path) is not None
+
+
+def _training_state(path: Path) -> Path | None:
+    for candidate in (path, *(path / name for name in _named_by(path))):
+        if any(is_format(candidate) for is_format, _ in _FORMATS):
             return candidate
-    return checkpoint.resolve(path)
+    return None
 
 
 def open_state(path: Path, cfg: Config, *, verify: tuple[int, int] = (0, 1)) -> StateSource:

@@ -38,6 +38,7 @@ from bitscale.sources import ForeignSource, locate, open_state
 pytestmark = pytest.mark.dist
 
 STEPS = 3
+SLOW = 300.0  # seconds, to import and start DeepSpeed or megatron-core on a busy machine
 BATCH = {"global_batch_size": 8, "micro_batch_size": 2}
 
 
@@ -221,7 +222,7 @@ def saved(
     world_of: Callable[[int], World], tmp_path_factory: pytest.TempPathFactory, corpus_prefix: Path
 ) -> tuple[Path, dict[Case, Saved]]:
     root = tmp_path_factory.mktemp("deepspeed")
-    return root, world_of(2).run(plain_runs, root, corpus_prefix)[0]
+    return root, world_of(2).run(plain_runs, root, corpus_prefix, seconds=SLOW)[0]
 
 
 def resume_all(

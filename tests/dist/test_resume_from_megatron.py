@@ -40,6 +40,7 @@ from bitscale.sources import ForeignSource, locate, open_state
 pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore::UserWarning")]
 
 STEPS = 3
+SLOW = 300.0  # seconds, to import and start DeepSpeed or megatron-core on a busy machine
 ITERATION = "iter_0000003"
 
 
@@ -311,7 +312,7 @@ def resume(mesh: Mesh, folder: Path, case: Case, ranks: list[Saved]) -> float:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.optimizer)
 def test_a_gpt_model_goes_on(world_of: Callable[[int], World], tmp_path: Path, case: Case) -> None:
-    ranks = world_of(2).run(train_and_save, case, tmp_path / "run")
+    ranks = world_of(2).run(train_and_save, case, tmp_path / "run", seconds=SLOW)
     off = world_of(2).run(resume, tmp_path / "run", case, ranks)[0]
     # In bf16 norm, rotation and loss round at other places than ours.
     assert off <= (2e-6 if case.dtype == "fp32" else 1e-2), off

@@ -4,6 +4,7 @@ tests/dist/test_resume_from_*.py."""
 import argparse
 import io
 import json
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -16,12 +17,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from bitscale import run
+from bitscale.checkpoint import Reader
+from bitscale.cli.main import main
 from bitscale.config import Config
 from bitscale.convert.model_source import parameter_shapes
 from bitscale.convert.names import to_huggingface
 from bitscale.errors import CheckpointError
 from bitscale.sources import ForeignSource, Tensors, locate, open_state
 from bitscale.sources.pickles import Inert, load_metadata, load_tensors, plain
+from bitscale.sources.to_checkpoint import import_state
 
 pytestmark = pytest.mark.unit
 
@@ -365,5 +369,54 @@ def test_pointers_of_other_programs_are_followed(tmp_path: Path) -> None:
         found = megatron_directory(root / name, {})
         (root / pointer).write_text(content)
         assert locate(root) == found
+        (root / "config.json").write_text('{"model_type": "llama"}')  # weights beside it
+        assert locate(root) == found
     with pytest.raises(CheckpointError, match=r"no checkpoint here; name a run directory"):
         locate(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert locate(tmp_path) == tmp_path
+
+
+def test_a_killed_run_finds_what_it_began_from(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Before it has saved: the first line of its metrics says it."""
+    trunk = megatron_directory(tmp_path / "iter_0000003", {})
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    cfg = make_config(f"run.dir={run_dir}")
+    line = {"kind": "event", "event": "resume", "step": 3, "checkpoint": str(trunk)}
+    (run_dir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert run.find_resume(cfg, "auto") == trunk
+    assert run.find_resume(cfg, str(trunk)) == trunk
+
+
+# --- As a checkpoint of ours ---
+
+
+def test_an_imported_state_is_the_source_to_the_bit(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    cfg = make_config(VOCAB)
+    source = ForeignSource(tensors_of(cfg, to_huggingface)[0], cfg)
+    import_state(source, cfg, tmp_path / "out", OURS, {"torch": "x"})
+    reader = Reader(locate(tmp_path / "out"))
+    assert reader.meta.step == 8 and reader.meta.tokens == 8 * 8 * 16
+    assert reader.meta.identity == OURS
+    assert reader.meta.adam_steps == source.meta.adam_steps
+    for name, shape in parameter_shapes(cfg.model, cfg.quant).items():
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            want = source.read(name, kind, 0, math.prod(shape))
+            assert want.any() and torch.equal(reader.read(name, kind, 0, want.numel()), want)
+    with pytest.raises(CheckpointError, match=r"out already exists"):
+        import_state(source, cfg, tmp_path / "out", OURS, {})
+
+
+def test_import_of_a_state_needs_the_runs_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = megatron_directory(tmp_path / "iter_0000003", {})
+    assert main(["import", str(path), str(tmp_path / "out")]) == 2
+    assert (
+        f"{path} does not describe its model and data; name the configuration of the run that "
+        "goes on from it with --config FILE"
+    ) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
