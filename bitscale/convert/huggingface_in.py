@@ -7,7 +7,7 @@ that fits adds what the files cannot say: exact scales, λ, recipe, step.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,9 +78,10 @@ def huggingface_source(
     form = _packed_form(path, tree)
     shapes = {k: v for k, v in parameter_shapes(m, quant).items() if not is_scale(k)}
     _check_tensors(path, tensors, shapes, m, ternary_names(m, quant), form)
-    files = _Files(path, tensors, shapes, (content or {}).get("scales") or {}, form, scales)
+    exact = (content or {}).get("scales") or {}
+    files = _Files(path, tensors, shapes, exact, form, scales, m.post_norm)
     if form == "latent" and files.holds_dequantized(min(ternary_names(m, quant))):
-        files = _Files(path, tensors, shapes, files.exact_scales, "dequantized", None)
+        files = replace(files, form="dequantized")
     return _source(path, files, m, quant, tree, content, seq_len)
 
 
@@ -143,9 +144,13 @@ class _Files:
     exact_scales: Mapping[str, float]
     form: Form
     convention: ScaleConvention | None
+    post_norm: bool = False
+
+    def theirs(self, name: str) -> str:
+        return to_huggingface(name, post_norm=self.post_norm)
 
     def read(self, name: str) -> Tensor:
-        value = self.tensors.floating(to_huggingface(name))
+        value = self.tensors.floating(self.theirs(name))
         layer, _, parameter = name.rpartition(".")
         if parameter == "bias" and self.form == "autobitlinear":
             # Stored so that it comes right when the sum is multiplied by the scale.
@@ -161,7 +166,7 @@ class _Files:
                     "neither dequantized codes nor 16-bit weights; use the original model"
                 )
             return codes
-        theirs = to_huggingface(name)
+        theirs = self.theirs(name)
         packed = self.tensors.read(theirs)
         try:
             is_packed = packed.dtype == torch.uint8
@@ -184,7 +189,7 @@ class _Files:
 
     def _stored_scale(self, name: str) -> Tensor:
         """fp32 [] by which codes are multiplied."""
-        stored = self.tensors.floating(f"{to_huggingface(name)}_scale").reshape(())
+        stored = self.tensors.floating(f"{self.theirs(name)}_scale").reshape(())
         divides = (self.convention or ("multiply", "divide")[self.form == "bitlinear"]) == "divide"
         if not (stored.isfinite() and stored > 0):
             raise CheckpointError(
@@ -273,7 +278,7 @@ def _check_tensors(
     shape than config.json's."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        theirs = to_huggingface(name)
+        theirs = to_huggingface(name, post_norm=m.post_norm)
         expected[theirs] = shape
         if name in ternary and form in ("bitlinear", "autobitlinear"):
             if len(tensors.shapes.get(theirs, ())) == 2 and tensors.shapes[theirs] != shape:

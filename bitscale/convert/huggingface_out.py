@@ -21,12 +21,12 @@ from torch import Tensor
 
 from bitscale.config import ModelConfig
 from bitscale.config.presets import INT8_ROWS
+from bitscale.convert import names
 from bitscale.convert.certificate import CERTIFICATE_NAME, certificate, codes_digest, to_json
 from bitscale.convert.huggingface_config import to_huggingface_config
 from bitscale.convert.huggingface_tokenizer import write_tokenizer
 from bitscale.convert.loaded import DTYPES
 from bitscale.convert.model_source import ModelSource, dequantized, refuse_unless_ternary
-from bitscale.convert.names import to_huggingface
 from bitscale.convert.packed import refuse_rows, refuse_unpackable
 from bitscale.convert.staging import new_directory, refuse_existing
 from bitscale.convert.tensor_file import TensorSpec, write_sharded
@@ -166,7 +166,9 @@ def _entries(
             entries += linear_weight(name)
         elif f"{layer}.weight" not in source.ternary_names:  # their biases come with them
             assert parameter == "weight", name
-            entries.append(_entry(to_huggingface(name), dtype, shape, partial(source.latent, name)))
+            entries.append(
+                _entry(_theirs(source.model, name), dtype, shape, partial(source.latent, name))
+            )
     return entries + _missing_norms(source.model, dtype)
 
 
@@ -177,7 +179,11 @@ def _missing_norms(m: ModelConfig, dtype: Dtype) -> list[_Entry]:
     blocks = [f"layers.{i}" for i in range(m.num_layers)]
     names = [f"{block}.{norm}_norm" for block in blocks for norm in ("attn", "mlp")] + ["norm"]
     make = partial(torch.ones, m.d_model)
-    return [_entry(to_huggingface(f"{name}.weight"), dtype, (m.d_model,), make) for name in names]
+    return [_entry(_theirs(m, f"{name}.weight"), dtype, (m.d_model,), make) for name in names]
+
+
+def _theirs(m: ModelConfig, name: str) -> str:
+    return names.to_huggingface(name, post_norm=m.post_norm)
 
 
 def _entry(name: str, dtype: Dtype, shape: tuple[int, ...], make: Callable[[], Tensor]) -> _Entry:
@@ -187,11 +193,11 @@ def _entry(name: str, dtype: Dtype, shape: tuple[int, ...], make: Callable[[], T
 
 def _latent_entries(source: ModelSource, dtype: Dtype, name: str) -> list[_Entry]:
     make = partial(source.latent, name)
-    entries = [_entry(to_huggingface(name), dtype, source.shapes[name], make)]
+    entries = [_entry(_theirs(source.model, name), dtype, source.shapes[name], make)]
     bias = f"{name.removesuffix('.weight')}.bias"
     if bias in source.shapes:
         make = partial(source.latent, bias)
-        entries.append(_entry(to_huggingface(bias), dtype, source.shapes[bias], make))
+        entries.append(_entry(_theirs(source.model, bias), dtype, source.shapes[bias], make))
     return entries
 
 
@@ -201,7 +207,7 @@ def _dequantized_entries(
     def weight() -> Tensor:
         return dequantized(ternary(name))
 
-    entries = [_entry(to_huggingface(name), dtype, source.shapes[name], weight)]
+    entries = [_entry(_theirs(source.model, name), dtype, source.shapes[name], weight)]
     return entries + _bias_entries(source, ternary, dtype, name, None)
 
 
@@ -209,7 +215,7 @@ def _packed_entries(
     source: ModelSource, ternary: _Codes, dtype: Dtype, linear: Linear, name: str
 ) -> list[_Entry]:
     rows, columns = source.shapes[name]
-    theirs = to_huggingface(name)
+    theirs = _theirs(source.model, name)
 
     def scale() -> Tensor:
         value = ternary(name).scale.reshape(1)
@@ -237,7 +243,7 @@ def _bias_entries(
         is_scaled = linear == "autobitlinear"
         return value.float() / ternary(name).scale if is_scaled else value
 
-    theirs = to_huggingface(f"{layer}.bias")
+    theirs = _theirs(source.model, f"{layer}.bias")
     # Divided, it is no number of the run's dtype any more.
     kept: Dtype = "fp32" if linear == "autobitlinear" else dtype
     return [_entry(theirs, kept, source.shapes[name][:1], bias)]

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from bitscale.checkpoint import ANY, Meta
-from bitscale.config import Config, QuantConfig, config_hash, parse_config, quant_spec, to_tree
+from bitscale.config import (
+    Config,
+    QuantConfig,
+    config_hash,
+    parse_config,
+    quant_spec,
+    section_items,
+    to_tree,
+)
 from bitscale.convert.latents import latents_of_codes
 from bitscale.convert.loaded import DTYPES
 from bitscale.convert.model_source import ModelSource
@@ -144,12 +152,11 @@ def _check_quantizer(quant: QuantConfig, source: ModelSource) -> None:
 def _identity(source: ModelSource, cfg: Config) -> dict[str, str]:
     """As `run.identity` writes it: the model, the tokenizer if known, and for codes the quantizer
     are given; nothing has been read of any corpus."""
-    tree = to_tree(cfg)
+    items = section_items(cfg, "model")
     is_ternary = source.strength.weight == 1.0
-    items = {f"model.{key}": json.dumps(v, sort_keys=True) for key, v in tree["model"].items()}
-    for key, value in tree["quant"].items():
-        if key != "kernel":
-            items[f"quant.{key}"] = json.dumps(value, sort_keys=True) if is_ternary else ANY
+    for key, value in section_items(cfg, "quant").items():
+        if key != "quant.kernel":
+            items[key] = value if is_ternary else ANY
     items["tokenizer"] = source.tokenizer_sha256 or ANY
     free = ("data.corpora", "data.seq_len", "data.reset_attention", "data.seed")
     return items | dict.fromkeys((*free, "train.global_batch_size"), ANY)
