@@ -68,18 +68,21 @@ def huggingface_source(
     tree = _read_config(path)
     content = read_certificate(path)
     seq_len = seq_len or (content or {}).get("seq_len") or tree.get("max_position_embeddings")
-    if seq_len is None:
+    if not isinstance(seq_len, int):
         raise CheckpointError(f"{path}: config.json names no length; import with --seq-len N")
-    m = from_huggingface_config(tree, seq_len)
+    try:
+        m, form = from_huggingface_config(tree, seq_len), _packed_form(path, tree)
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{path}: config.json: {reason}; take the publisher's") from error
     quant = QuantConfig()
     if content is not None:
         quant = QuantConfig.model_validate_json(json.dumps(content["quant"]))
     tensors = TensorReader(path)
-    form = _packed_form(path, tree)
     shapes = {k: v for k, v in parameter_shapes(m, quant).items() if not is_scale(k)}
     _check_tensors(path, tensors, shapes, m, ternary_names(m, quant), form)
     exact = (content or {}).get("scales") or {}
-    files = _Files(path, tensors, shapes, exact, form, scales, m.post_norm)
+    files = _Files(path, tensors, shapes, exact, form, scales, m.post_norm, quant.eps)
     if form == "latent" and files.holds_dequantized(min(ternary_names(m, quant))):
         files = replace(files, form="dequantized")
     return _source(path, files, m, quant, tree, content, seq_len)
@@ -144,7 +147,8 @@ class _Files:
     exact_scales: Mapping[str, float]
     form: Form
     convention: ScaleConvention | None
-    post_norm: bool = False
+    post_norm: bool
+    smallest_scale: float
 
     def theirs(self, name: str) -> str:
         return to_huggingface(name, post_norm=self.post_norm)
@@ -176,15 +180,17 @@ class _Files:
         return Ternary(codes_FD, self._exact(name, self._stored_scale(name)))
 
     def holds_dequantized(self, name: str) -> bool:
-        return self._dequantized(name) is not None
+        codes = self._dequantized(name)
+        return codes is not None and bool(codes.codes_FD.any())
 
     def _dequantized(self, name: str) -> Ternary | None:
         weight_FD = self.read(name)
         magnitude_FD = weight_FD.abs()
         scale = magnitude_FD.max()
-        is_ternary = ((magnitude_FD == scale) | (weight_FD == 0)).all()
-        if not (is_ternary and scale > 0 and scale.isfinite()):
+        if not (((magnitude_FD == scale) | (weight_FD == 0)).all() and scale.isfinite()):
             return None
+        if scale == 0:  # a matrix of zeros: its scale is not to be seen
+            scale = torch.tensor(self.exact_scales.get(name, self.smallest_scale))
         return Ternary(weight_FD.sign().to(torch.int8), self._exact(name, scale))
 
     def _stored_scale(self, name: str) -> Tensor:
@@ -285,11 +291,12 @@ def _check_tensors(
                 expected[theirs] = (shape[0] // 4, *shape[1:])
             expected[f"{theirs}_scale"] = ()
     found = {k: v for k, v in tensors.shapes.items() if not k.endswith(_IGNORED)}
-    if m.tie_embeddings and "lm_head.weight" in found:
-        _check_tied(path, tensors)
-        del found["lm_head.weight"]
+    if m.tie_embeddings:
+        found.pop("lm_head.weight", None)
     _refuse_names(path, "missing", sorted(expected.keys() - found.keys()))
     _refuse_names(path, "unexpected", sorted(found.keys() - expected.keys()))
+    if m.tie_embeddings and "lm_head.weight" in tensors.shapes:
+        _check_tied(path, tensors)
     for name, shape in expected.items():
         if found[name] != shape and not (name.endswith("_scale") and found[name] in ((), (1,))):
             raise CheckpointError(

@@ -52,6 +52,8 @@ def write_checkpoint(
     """
     refuse_existing(out)
     cfg = _own_config(source, out) if cfg is None else _fill_in(cfg, source)
+    if not source.has_latents:
+        _check_quantizer(cfg.quant, source)
     shapes = {name: list(shape) for name, shape in source.shapes.items()}
     meta = Meta(
         step=0,
@@ -130,8 +132,6 @@ def _fill_in(cfg: Config, source: ModelSource) -> Config:
                 f"model.{key} is {ours[key]!r} in the configuration and {value!r} in "
                 f"{source.path}; set it to the latter"
             )
-    if not source.has_latents:
-        _check_quantizer(cfg.quant, source)
     return cfg
 
 
@@ -142,6 +142,11 @@ def _sizes(cfg: Config) -> dict[str, Any]:
 
 
 def _check_quantizer(quant: QuantConfig, source: ModelSource) -> None:
+    if source.spec.deadzone_bias:
+        raise CheckpointError(
+            f"{source.path} holds a bias made of weights whose code is 0, and not those weights "
+            f"(quant.preset={source.quant.preset!r}); start from the training checkpoint"
+        )
     if quant.preset != source.quant.preset:
         raise CheckpointError(
             f"quant.preset is {quant.preset!r} in the configuration, and {source.path} holds codes "
