@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bitscale import __version__, checkpoint
-from bitscale.config import Config, to_tree, to_yaml, transition_step
+from bitscale.config import Config, section_items, to_tree, to_yaml, transition_step
 from bitscale.data.corpus import PreparedCorpus, load_corpus
 from bitscale.errors import CheckpointError, ConfigError, DataError
 from bitscale.mesh import Mesh
@@ -51,11 +51,7 @@ def identity(cfg: Config, corpora: Sequence[PreparedCorpus]) -> dict[str, str]:
     tokens come at which step (else text would be repeated or left out unnoticed).
     """
     tree = to_tree(cfg)
-    items = {
-        f"{section}.{key}": json.dumps(value, sort_keys=True)
-        for section in ("model", "quant")
-        for key, value in tree[section].items()
-    }
+    items = section_items(cfg, "model", "quant")
     items["tokenizer"] = corpora[0].manifest.tokenizer.fingerprint
     items["data.corpora"] = ", ".join(
         f"{corpus.fingerprint[:16]} x {entry.weight}"

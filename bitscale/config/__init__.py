@@ -30,6 +30,7 @@ from bitscale.config.load import (
     override,
     parse_config,
     quant_config,
+    section_items,
     to_tree,
     to_yaml,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "ramp_progress",
     "residual_peak",
     "residual_steps",
+    "section_items",
     "span_steps",
     "stop_step",
     "to_tree",
