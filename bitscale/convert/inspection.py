@@ -10,6 +10,7 @@ Tensors are read one after the other. Whatever is stored, `values` says what the
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -363,7 +364,8 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 
 def _pickled(path: Path) -> _Listed:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(path)  # older ones are one pickle, read whole
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # the unpickler of hostile bytes raises anything
         raise CheckpointError(
             f"{path}: not a file of plain tensors ({_reason(error)}); a pickle may run code, so "

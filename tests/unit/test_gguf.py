@@ -233,7 +233,9 @@ def test_foreign_files(source_of: Callable[..., ModelSource], tmp_path: Path) ->
     source = source_of("qwen3")
     write(source, tmp_path / "a.gguf", "tq2_0")
     content = (tmp_path / "a.gguf").read_bytes()
-    (tmp_path / "b.gguf").write_bytes(content.replace(b"bitscale.certificate", b"somebody.elses-data!"))
+    (tmp_path / "b.gguf").write_bytes(
+        content.replace(b"bitscale.certificate", b"somebody.elses-data!")
+    )
     foreign = open_source(tmp_path / "b.gguf")
     assert foreign.model.model_dump(exclude={"init_std", "norm_eps", "rope_theta"}) == (
         source.model.model_dump(exclude={"init_std", "norm_eps", "rope_theta"})

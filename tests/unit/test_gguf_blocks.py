@@ -36,9 +36,7 @@ def test_bytes_are_those_of_gguf_py(kind: BlockType, kernel: str) -> None:
     codes_FD = random_codes(70, 768)
     codes_FD[3, 256:512] = 0
     weights_FD = codes_FD.float() * SCALE.half().float()
-    theirs = gguf.quants.quantize(
-        weights_FD.numpy(), gguf.GGMLQuantizationType[kind.upper()]
-    )
+    theirs = gguf.quants.quantize(weights_FD.numpy(), gguf.GGMLQuantizationType[kind.upper()])
     ours = pack_blocks(codes_FD, SCALE, kind, kernel=kernel)
     assert np.array_equal(ours.numpy(), theirs)
     codes, d_FB = unpack_blocks(ours, kind, kernel=kernel)
