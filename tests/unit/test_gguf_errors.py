@@ -48,8 +48,8 @@ def file(make: Callable[..., ModelSource], tmp_path_factory: pytest.TempPathFact
     [
         (
             ["model.d_ff=255"],
-            "layers.0.mlp.down.weight has 255 columns and TQ2_0 stores blocks of 256 (1 of 7 layers "
-            "do not divide); llama.cpp would fall back to another type: use gguf-bf16, packed or "
+            "layers.0.mlp.down.weight has 255 columns and TQ2_0 stores blocks of 256 (1 of 7 "
+            "layers do not divide); llama.cpp would fall back to another type: use gguf-bf16, packed or "
             "compact, or train with model.d_model and model.d_ff that are multiples of 256",
         ),
         (["model.mlp=relu2_glu"], "has model.mlp='relu2_glu'; they compute SwiGLU; the formats"),
@@ -115,7 +115,9 @@ def test_tokenizers(make: Callable[..., ModelSource], tmp_path: Path) -> None:
     train_tokenizer(["the cat sat on the mat, and that was that. "] * 50, unigram, "unigram", 275)
     m = make().model.model_copy(update={"vocab_size": 275})
     source = replace(make(), tokenizer_file=unigram, model=m)
-    with pytest.raises(CheckpointError, match="llama.cpp has no unigram model with byte fallback"):
+    with pytest.raises(
+        CheckpointError, match=r"llama\.cpp has no unigram model with byte fallback"
+    ):
         export_gguf(source, tmp_path / "a.gguf", "tq2_0")
     bpe = tmp_path / "bpe.model"
     train_tokenizer(["the cat sat on the mat, and that was that. "] * 50, bpe, "bpe", 275)

@@ -155,7 +155,7 @@ def no_tensor(folder: Path) -> Path:
         (pickle_with_code, "not a file of plain tensors (Unsupported "),
         (
             torch_file_with_code,
-            "a pickle may run code, so nothing else in one is read: name a bits",
+            "a pickle may run code, so nothing else in one is read: name a",
         ),
         (text, "not a file of plain tensors ("),
         (truncated, "a.safetensors: truncated or not a safetensors file ("),

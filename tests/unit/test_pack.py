@@ -141,5 +141,5 @@ def test_into_given_memory_and_from_views(kernel: str) -> None:
 
 
 def test_kernels_by_name() -> None:
-    with pytest.raises(KernelUnavailable, match="quant.kernel='fast' does not exist"):
+    with pytest.raises(KernelUnavailable, match=r"quant\.kernel='fast' does not exist"):
         pack_2bit(torch.zeros(4, 1, dtype=torch.int8), kernel="fast")
