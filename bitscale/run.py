@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from bitscale import __version__, checkpoint
-from bitscale.config import Config, to_tree, to_yaml
+from bitscale.config import Config, section_items, to_tree, to_yaml
 from bitscale.data.corpus import PreparedCorpus, load_corpus
 from bitscale.errors import CheckpointError, ConfigError, DataError
 from bitscale.recorder import METRICS_NAME, read_lines
@@ -48,11 +48,7 @@ def identity(cfg: Config, corpora: Sequence[PreparedCorpus]) -> dict[str, str]:
     tokens come at which step (else text would be repeated or left out unnoticed).
     """
     tree = to_tree(cfg)
-    items = {
-        f"{section}.{key}": json.dumps(value, sort_keys=True)
-        for section in ("model", "quant")
-        for key, value in tree[section].items()
-    }
+    items = section_items(cfg, "model", "quant")
     items["tokenizer"] = corpora[0].manifest.tokenizer.fingerprint
     items["data.corpora"] = ", ".join(
         f"{corpus.fingerprint[:16]} x {entry.weight}"

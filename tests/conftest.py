@@ -77,8 +77,13 @@ def count_parameters() -> Callable[[ModelConfig, int], int]:
         attention = 2 * m.d_model**2 + 2 * m.d_model * head * kv_heads
         mlp = (num_up + 1) * m.d_model * m.d_ff
         layer = attention + mlp + 2 * norm
-        layer += (m.d_model + m.d_ff) * m.sub_norm + 2 * head * m.qk_norm
-        layer += (3 * m.d_model + 2 * head * kv_heads + num_up * m.d_ff) * m.bias
+        layer += (m.d_model + m.d_ff) * m.sub_norm
+        if m.qk_norm:
+            layer += (m.d_model + head * kv_heads) if m.qk_norm == "width" else 2 * head
+        if m.bias:
+            layer += m.d_model + 2 * head * kv_heads  # q, k, v
+            layer += m.d_model * (m.bias != "qkv")
+            layer += (m.d_model + num_up * m.d_ff) * (m.bias is True)
         return m.num_layers * layer + norm + vocab_size * m.d_model * (2 - m.tie_embeddings)
 
     return count

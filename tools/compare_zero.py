@@ -234,7 +234,8 @@ def _row(curves: dict[Layout, Curve], layout: Layout) -> str:
 
 def commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    here = Path(__file__).parent
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here)
     return result.stdout.strip() or "unknown"
 
 

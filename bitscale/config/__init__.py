@@ -19,6 +19,7 @@ from bitscale.config.load import (
     load_config,
     parse_config,
     quant_config,
+    section_items,
     to_tree,
     to_yaml,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "quant_spec",
     "residual_peak",
     "residual_steps",
+    "section_items",
     "span_steps",
     "stop_step",
     "to_tree",

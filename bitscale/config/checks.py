@@ -226,6 +226,11 @@ def _check_parallel(cfg: Config) -> None:
             f"parallel.tp={p.tp} neither divides nor is a multiple of the {kv_heads} key/value "
             f"heads; use tp={math.gcd(p.tp, kv_heads)}, or other model.num_kv_heads"
         )
+    if p.tp > 1 and m.qk_norm == "width":
+        raise ConfigError(
+            f"parallel.tp={p.tp} shares out the heads, and model.qk_norm='width' norms all of them "
+            "together; use parallel.tp=1"
+        )
     if p.sequence_parallel and p.tp == 1:
         raise ConfigError(
             "parallel.sequence_parallel=true splits the sequence over the tensor parallel ranks, "

@@ -22,6 +22,8 @@ from bitscale.config.presets import preset as named
 from bitscale.config.schema import Config, QuantConfig
 from bitscale.errors import ConfigError
 
+# Keys that older checkpoints lack, and the value that they mean.
+_LATER_KEYS = {"model.post_norm": "false"}
 # Exclusive units of one quantity (schema.Point, schema.Span, and the budget in `train`).
 _UNITS = {"step", "steps", "tokens", "fraction"}
 
@@ -69,6 +71,17 @@ def to_tree(cfg: Config) -> dict[str, Any]:
     """The resolved configuration as plain JSON types."""
     tree: dict[str, Any] = json.loads(cfg.model_dump_json(exclude_none=True))
     return tree
+
+
+def section_items(cfg: Config, *sections: str) -> dict[str, str]:
+    """Every key of `sections` that is set, with its value as JSON: for comparing runs."""
+    tree = to_tree(cfg)
+    items = {
+        f"{section}.{key}": json.dumps(value, sort_keys=True)
+        for section in sections
+        for key, value in tree[section].items()
+    }
+    return {key: value for key, value in items.items() if _LATER_KEYS.get(key) != value}
 
 
 def to_yaml(cfg: Config) -> str:

@@ -79,10 +79,12 @@ class ModelConfig(Section):
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # layernorm has no bias
     norm_affine: bool = True  # OLMo-1B's layernorm has no weight
     norm_eps: PositiveFloat = 1e-5  # added to the mean square or variance
+    post_norm: bool = False  # norms after attention and feed-forward (OLMo 2), not before
     rope_theta: PositiveFloat = 10000.0  # base of the rotary frequencies
     rope_scaling: RopeScaling | None = None  # null: none
     sub_norm: bool = False  # SubLN: a norm before the output and down projections
-    qk_norm: bool = False  # RMSNorm of queries and keys, per head
+    # RMSNorm of queries and keys, per head; width: of all heads together (OLMo 2)
+    qk_norm: bool | Literal["width"] = False
     tie_embeddings: bool = True  # the head shares the embedding
     # in the linear layers of the blocks; attention: in its four only; qkv: in its first three only
     bias: bool | Literal["attention", "qkv"] = False

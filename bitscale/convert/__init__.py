@@ -15,6 +15,7 @@ from bitscale.convert.llama2c import is_llama2c, llama2c_source
 from bitscale.convert.loaded import LoadedModel, load_checkpoint
 from bitscale.convert.model_source import ModelSource, checkpoint_source
 from bitscale.convert.packed import export_packed, is_packed, load_packed, packed_source
+from bitscale.errors import CheckpointError
 
 
 def open_source(
@@ -24,10 +25,14 @@ def open_source(
 
     `seq_len`, `scales`: of `huggingface_source`.
     """
-    if is_packed(path):
-        return packed_source(path)
     if is_huggingface(path):
         return huggingface_source(path, seq_len, scales)
+    if scales is not None:
+        raise CheckpointError(
+            f"--scales {scales} is for Hugging Face directories, and {path} is none; leave it out"
+        )
+    if is_packed(path):
+        return packed_source(path)
     if is_gguf(path):
         return gguf_source(path)
     if is_llama2c(path):

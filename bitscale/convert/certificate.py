@@ -84,6 +84,10 @@ def read_certificate(directory: Path) -> dict[str, Any] | None:
             raise ValueError(f"format {content.get('format')!r}, this version reads {FORMAT!r}")
         QuantConfig.model_validate_json(json.dumps(content["quant"]))
         Strength(**content["trained_at"])
+        if content["dtype"] not in ("bf16", "fp32") or not isinstance(content["source"], dict):
+            raise ValueError("dtype or source")
+        if not all(isinstance(scale, float) for scale in (content.get("scales") or {}).values()):
+            raise ValueError("scales are not numbers")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file}: damaged ({' '.join(str(error).split())[:120]}); remove it to go without"

@@ -80,7 +80,9 @@ def choose_architecture(source: ModelSource) -> Architecture:
         "model.head_bits=8; they compute a floating-point head": m.head_bits == 8,
         "a norm or rotation inside the quantizer": source.spec.norm != "none"
         or source.spec.hadamard is not None,
-        "both model.sub_norm and model.qk_norm": m.sub_norm and m.qk_norm,
+        "model.post_norm": m.post_norm,
+        "model.qk_norm='width'; they norm each head": m.qk_norm == "width",
+        "both model.sub_norm and model.qk_norm": bool(m.qk_norm) and m.sub_norm,
         "model.sub_norm with an untied head (bitnet shares the embedding)": m.sub_norm
         and not m.tie_embeddings,
         f"biases in a model that needs {architecture!r}": biases and architecture != "llama",

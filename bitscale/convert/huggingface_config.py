@@ -10,13 +10,14 @@ from typing import Any, Literal
 from bitscale.config import ModelConfig, RopeScaling
 from bitscale.errors import CheckpointError
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "olmo", "bitnet"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2", "bitnet"]
 CLASSES: dict[Family, str] = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "olmo": "OlmoForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
     "bitnet": "BitNetForCausalLM",
 }
 _OLMO_EPS = 1e-5  # not in its config.json
@@ -28,21 +29,31 @@ def family_of(m: ModelConfig) -> Family:
     """The family that computes this model. CheckpointError, naming what no family has."""
     if m.mlp == "relu2":
         raise _unheld("model.mlp='relu2' (a feed-forward without gate)")
+    if m.post_norm or m.qk_norm == "width":
+        return _olmo2(m)
     if m.norm == "layernorm":
         if m.norm_affine:
             raise _unheld("model.norm='layernorm' with weights")
         if m.norm_eps != _OLMO_EPS:
             raise _unheld(f"model.norm='layernorm' with norm_eps={m.norm_eps:g} (OLMo's is 1e-5)")
-        _refuse_together(m, "OLMo's norm", qk_norm=m.qk_norm, bias=m.bias is not False)
+        _refuse_together(m, "OLMo's norm", qk_norm=bool(m.qk_norm), bias=bool(m.bias))
         return "olmo"
     if m.sub_norm:
         mlp_bias = m.bias is True or m.bias == "qkv"
-        _refuse_together(m, "model.sub_norm=true", qk_norm=m.qk_norm, bias=mlp_bias)
+        _refuse_together(m, "model.sub_norm=true", qk_norm=bool(m.qk_norm), bias=mlp_bias)
         return "bitnet"
     if m.qk_norm:
         _refuse_together(m, "model.qk_norm=true", bias=m.bias in (True, "qkv"))
         return "qwen3"
     return "qwen2" if m.bias == "qkv" else "llama"
+
+
+def _olmo2(m: ModelConfig) -> Family:
+    if not (m.post_norm and m.qk_norm == "width"):
+        raise _unheld(f"model.post_norm={m.post_norm} with model.qk_norm={m.qk_norm!r}")
+    layernorm, bias = m.norm == "layernorm", bool(m.bias)
+    _refuse_together(m, "model.post_norm=true", sub_norm=m.sub_norm, norm=layernorm, bias=bias)
+    return "olmo2"
 
 
 def to_huggingface_config(m: ModelConfig, *, dtype: str, seq_len: int) -> dict[str, Any]:
@@ -109,7 +120,8 @@ def from_huggingface_config(tree: Mapping[str, Any], seq_len: int) -> ModelConfi
         rope_theta=theta,
         rope_scaling=scaling,
         sub_norm=family == "bitnet",
-        qk_norm=family == "qwen3",
+        qk_norm="width" if family == "olmo2" else family == "qwen3",
+        post_norm=family == "olmo2",
         tie_embeddings=bool(tree.get("tie_word_embeddings", False)),
         bias=_bias_from(tree),
         init_std=float(tree.get("initializer_range", 0.02)) or 0.02,

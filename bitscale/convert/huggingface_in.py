@@ -7,7 +7,7 @@ that fits adds what the files cannot say: exact scales, λ, recipe, step.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,19 +68,23 @@ def huggingface_source(
     tree = _read_config(path)
     content = read_certificate(path)
     seq_len = seq_len or (content or {}).get("seq_len") or tree.get("max_position_embeddings")
-    if seq_len is None:
+    if not isinstance(seq_len, int):
         raise CheckpointError(f"{path}: config.json names no length; import with --seq-len N")
-    m = from_huggingface_config(tree, seq_len)
+    try:
+        m, form = from_huggingface_config(tree, seq_len), _packed_form(path, tree)
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{path}: config.json: {reason}; take the publisher's") from error
     quant = QuantConfig()
     if content is not None:
         quant = QuantConfig.model_validate_json(json.dumps(content["quant"]))
     tensors = TensorReader(path)
-    form = _packed_form(path, tree)
     shapes = {k: v for k, v in parameter_shapes(m, quant).items() if not is_scale(k)}
     _check_tensors(path, tensors, shapes, m, ternary_names(m, quant), form)
-    files = _Files(path, tensors, shapes, (content or {}).get("scales") or {}, form, scales)
+    exact = (content or {}).get("scales") or {}
+    files = _Files(path, tensors, shapes, exact, form, scales, m.post_norm, quant.eps)
     if form == "latent" and files.holds_dequantized(min(ternary_names(m, quant))):
-        files = _Files(path, tensors, shapes, files.exact_scales, "dequantized", None)
+        files = replace(files, form="dequantized")
     return _source(path, files, m, quant, tree, content, seq_len)
 
 
@@ -143,9 +147,14 @@ class _Files:
     exact_scales: Mapping[str, float]
     form: Form
     convention: ScaleConvention | None
+    post_norm: bool
+    smallest_scale: float
+
+    def theirs(self, name: str) -> str:
+        return to_huggingface(name, post_norm=self.post_norm)
 
     def read(self, name: str) -> Tensor:
-        value = self.tensors.floating(to_huggingface(name))
+        value = self.tensors.floating(self.theirs(name))
         layer, _, parameter = name.rpartition(".")
         if parameter == "bias" and self.form == "autobitlinear":
             # Stored so that it comes right when the sum is multiplied by the scale.
@@ -161,7 +170,7 @@ class _Files:
                     "neither dequantized codes nor 16-bit weights; use the original model"
                 )
             return codes
-        theirs = to_huggingface(name)
+        theirs = self.theirs(name)
         packed = self.tensors.read(theirs)
         try:
             is_packed = packed.dtype == torch.uint8
@@ -171,20 +180,22 @@ class _Files:
         return Ternary(codes_FD, self._exact(name, self._stored_scale(name)))
 
     def holds_dequantized(self, name: str) -> bool:
-        return self._dequantized(name) is not None
+        codes = self._dequantized(name)
+        return codes is not None and bool(codes.codes_FD.any())
 
     def _dequantized(self, name: str) -> Ternary | None:
         weight_FD = self.read(name)
         magnitude_FD = weight_FD.abs()
         scale = magnitude_FD.max()
-        is_ternary = ((magnitude_FD == scale) | (weight_FD == 0)).all()
-        if not (is_ternary and scale > 0 and scale.isfinite()):
+        if not (((magnitude_FD == scale) | (weight_FD == 0)).all() and scale.isfinite()):
             return None
+        if scale == 0:  # a matrix of zeros: its scale is not to be seen
+            scale = torch.tensor(self.exact_scales.get(name, self.smallest_scale))
         return Ternary(weight_FD.sign().to(torch.int8), self._exact(name, scale))
 
     def _stored_scale(self, name: str) -> Tensor:
         """fp32 [] by which codes are multiplied."""
-        stored = self.tensors.floating(f"{to_huggingface(name)}_scale").reshape(())
+        stored = self.tensors.floating(f"{self.theirs(name)}_scale").reshape(())
         divides = (self.convention or ("multiply", "divide")[self.form == "bitlinear"]) == "divide"
         if not (stored.isfinite() and stored > 0):
             raise CheckpointError(
@@ -273,18 +284,19 @@ def _check_tensors(
     shape than config.json's."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        theirs = to_huggingface(name)
+        theirs = to_huggingface(name, post_norm=m.post_norm)
         expected[theirs] = shape
         if name in ternary and form in ("bitlinear", "autobitlinear"):
             if len(tensors.shapes.get(theirs, ())) == 2 and tensors.shapes[theirs] != shape:
                 expected[theirs] = (shape[0] // 4, *shape[1:])
             expected[f"{theirs}_scale"] = ()
     found = {k: v for k, v in tensors.shapes.items() if not k.endswith(_IGNORED)}
-    if m.tie_embeddings and "lm_head.weight" in found:
-        _check_tied(path, tensors)
-        del found["lm_head.weight"]
+    if m.tie_embeddings:
+        found.pop("lm_head.weight", None)
     _refuse_names(path, "missing", sorted(expected.keys() - found.keys()))
     _refuse_names(path, "unexpected", sorted(found.keys() - expected.keys()))
+    if m.tie_embeddings and "lm_head.weight" in tensors.shapes:
+        _check_tied(path, tensors)
     for name, shape in expected.items():
         if found[name] != shape and not (name.endswith("_scale") and found[name] in ((), (1,))):
             raise CheckpointError(

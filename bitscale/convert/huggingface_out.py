@@ -21,12 +21,12 @@ from torch import Tensor
 
 from bitscale.config import ModelConfig
 from bitscale.config.presets import INT8_ROWS
+from bitscale.convert import names
 from bitscale.convert.certificate import CERTIFICATE_NAME, certificate, codes_digest, to_json
 from bitscale.convert.huggingface_config import to_huggingface_config
 from bitscale.convert.huggingface_tokenizer import write_tokenizer
 from bitscale.convert.loaded import DTYPES
 from bitscale.convert.model_source import ModelSource, dequantized, refuse_unless_ternary
-from bitscale.convert.names import to_huggingface
 from bitscale.convert.packed import refuse_rows, refuse_unpackable
 from bitscale.convert.staging import new_directory, refuse_existing
 from bitscale.convert.tensor_file import TensorSpec, write_sharded
@@ -38,8 +38,7 @@ from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
 
 Linear = Literal["bitlinear", "autobitlinear", "online"]
 Dtype = Literal["bf16", "fp32"]
-
-
+_Read = Callable[[str], Tensor]
 _Codes = Callable[[str], Ternary]
 
 
@@ -57,12 +56,11 @@ def export_latent(source: ModelSource, out: Path, dtype: Dtype | None = None) ->
     Raises CheckpointError for what transformers cannot hold and if `out` exists.
     """
     dtype = dtype or source.dtype
-    entries = _entries(source, dtype, partial(_latent_entries, source, dtype))
+    make = partial(_latent_entries, source, source.latent, dtype)
+    entries = _entries(source, source.latent, dtype, make)
     # Learned scales mean nothing to 16-bit weights.
     omitted = [name for name in source.shapes if is_scale(name)]
-    return _write(
-        source, out, entries, source.model, dtype, "hf", SIXTEEN_BIT, None, omitted=omitted
-    )
+    return _write(source, out, entries, dtype, "hf", SIXTEEN_BIT, None, omitted=omitted)
 
 
 def export_dequantized(
@@ -73,13 +71,11 @@ def export_dequantized(
     refuse_unless_ternary(source)
     _refuse_undequantizable(source)
     ternary = lru_cache(maxsize=1)(source.ternary)
-    entries = _entries(source, dtype, partial(_dequantized_entries, source, ternary, dtype))
-    digest = codes_digest(source.ternary_names, ternary)
+    make = partial(_dequantized_entries, source, ternary, dtype)
+    entries = _entries(source, source.weight, dtype, make)
     activation = 0.0 if source.spec.activation is not None else 1.0
     computes = Strength(1.0, activation)
-    return _write(
-        source, out, entries, _with_bias(source), dtype, "hf-dequantized", computes, digest
-    )
+    return _write(source, out, entries, dtype, "hf-dequantized", computes, ternary)
 
 
 def export_bitnet(
@@ -89,15 +85,14 @@ def export_bitnet(
     dtype = dtype or source.dtype
     refuse_unless_ternary(source)
     _refuse_unlike_bitnet(source, linear, dtype)
-    ternary = lru_cache(maxsize=1)(source.ternary)
-    digest = None
-    if linear == "online":
-        make = partial(_latent_entries, source, dtype)
+    ternary = None if linear == "online" else lru_cache(maxsize=1)(source.ternary)
+    if ternary is None:
+        # Rounded to the run's dtype, from which its codes were made.
+        make = partial(_latent_entries, source, source.weight, dtype)
     else:
         refuse_rows(source)
-        digest = codes_digest(source.ternary_names, ternary)
         make = partial(_packed_entries, source, ternary, dtype, linear)
-    entries = _entries(source, dtype, make)
+    entries = _entries(source, source.weight, dtype, make)
     quantization = {
         "quant_method": "bitnet",
         "linear_class": "bitlinear" if linear == "bitlinear" else "autobitlinear",
@@ -108,11 +103,10 @@ def export_bitnet(
         source,
         out,
         entries,
-        _with_bias(source),
         dtype,
         "hf-bitnet",
         TERNARY,
-        digest,
+        ternary,
         config={"quantization_config": quantization},
         linear=linear,
     )
@@ -122,21 +116,21 @@ def _write(
     source: ModelSource,
     out: Path,
     entries: list[_Entry],
-    m: ModelConfig,
     dtype: Dtype,
     target: str,
     computes: Strength,
-    digest: str | None,
+    ternary: _Codes | None,
     config: dict[str, Any] | None = None,
     **details: object,
 ) -> dict[str, Any]:
     refuse_existing(out)
+    m = source.model if computes == SIXTEEN_BIT else _with_bias(source)
     if m.head_bits == 8 and computes != SIXTEEN_BIT:
         raise CheckpointError(
             "model.head_bits=8: transformers computes the head in 16 bit; --format packed holds it"
         )
     tree = to_huggingface_config(m, dtype=dtype, seq_len=source.seq_len)
-    scales = None if digest is None else _scales(source)
+    digest, scales = (None, None) if ternary is None else _digest_and_scales(source, ternary)
     content = certificate(
         source, target, computes=computes, digest=digest, stored=dtype, scales=scales, **details
     )
@@ -156,7 +150,7 @@ def _short(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _entries(
-    source: ModelSource, dtype: Dtype, linear_weight: Callable[[str], list[_Entry]]
+    source: ModelSource, read: _Read, dtype: Dtype, linear_weight: Callable[[str], list[_Entry]]
 ) -> list[_Entry]:
     """Every tensor of the directory; those of a quantized layer from `linear_weight(name)`."""
     entries: list[_Entry] = []
@@ -166,7 +160,7 @@ def _entries(
             entries += linear_weight(name)
         elif f"{layer}.weight" not in source.ternary_names:  # their biases come with them
             assert parameter == "weight", name
-            entries.append(_entry(to_huggingface(name), dtype, shape, partial(source.latent, name)))
+            entries.append(_entry(_theirs(source.model, name), dtype, shape, partial(read, name)))
     return entries + _missing_norms(source.model, dtype)
 
 
@@ -177,7 +171,11 @@ def _missing_norms(m: ModelConfig, dtype: Dtype) -> list[_Entry]:
     blocks = [f"layers.{i}" for i in range(m.num_layers)]
     names = [f"{block}.{norm}_norm" for block in blocks for norm in ("attn", "mlp")] + ["norm"]
     make = partial(torch.ones, m.d_model)
-    return [_entry(to_huggingface(f"{name}.weight"), dtype, (m.d_model,), make) for name in names]
+    return [_entry(_theirs(m, f"{name}.weight"), dtype, (m.d_model,), make) for name in names]
+
+
+def _theirs(m: ModelConfig, name: str) -> str:
+    return names.to_huggingface(name, post_norm=m.post_norm)
 
 
 def _entry(name: str, dtype: Dtype, shape: tuple[int, ...], make: Callable[[], Tensor]) -> _Entry:
@@ -185,13 +183,13 @@ def _entry(name: str, dtype: Dtype, shape: tuple[int, ...], make: Callable[[], T
     return _Entry(TensorSpec(name, DTYPES[dtype], shape), lambda: make().to(DTYPES[dtype]))
 
 
-def _latent_entries(source: ModelSource, dtype: Dtype, name: str) -> list[_Entry]:
-    make = partial(source.latent, name)
-    entries = [_entry(to_huggingface(name), dtype, source.shapes[name], make)]
+def _latent_entries(source: ModelSource, read: _Read, dtype: Dtype, name: str) -> list[_Entry]:
+    make = partial(read, name)
+    entries = [_entry(_theirs(source.model, name), dtype, source.shapes[name], make)]
     bias = f"{name.removesuffix('.weight')}.bias"
     if bias in source.shapes:
-        make = partial(source.latent, bias)
-        entries.append(_entry(to_huggingface(bias), dtype, source.shapes[bias], make))
+        make = partial(read, bias)
+        entries.append(_entry(_theirs(source.model, bias), dtype, source.shapes[bias], make))
     return entries
 
 
@@ -201,7 +199,7 @@ def _dequantized_entries(
     def weight() -> Tensor:
         return dequantized(ternary(name))
 
-    entries = [_entry(to_huggingface(name), dtype, source.shapes[name], weight)]
+    entries = [_entry(_theirs(source.model, name), dtype, source.shapes[name], weight)]
     return entries + _bias_entries(source, ternary, dtype, name, None)
 
 
@@ -209,7 +207,7 @@ def _packed_entries(
     source: ModelSource, ternary: _Codes, dtype: Dtype, linear: Linear, name: str
 ) -> list[_Entry]:
     rows, columns = source.shapes[name]
-    theirs = to_huggingface(name)
+    theirs = _theirs(source.model, name)
 
     def scale() -> Tensor:
         value = ternary(name).scale.reshape(1)
@@ -237,7 +235,7 @@ def _bias_entries(
         is_scaled = linear == "autobitlinear"
         return value.float() / ternary(name).scale if is_scaled else value
 
-    theirs = to_huggingface(f"{layer}.bias")
+    theirs = _theirs(source.model, f"{layer}.bias")
     # Divided, it is no number of the run's dtype any more.
     kept: Dtype = "fp32" if linear == "autobitlinear" else dtype
     return [_entry(theirs, kept, source.shapes[name][:1], bias)]
@@ -249,11 +247,20 @@ def _with_bias(source: ModelSource) -> ModelConfig:
     return source.model.model_copy(update={"bias": True}) if added else source.model
 
 
-def _scales(source: ModelSource) -> dict[str, float] | None:
-    """Exact scale of every matrix (an fp32 number is a JSON number); None if it has several."""
+def _digest_and_scales(source: ModelSource, ternary: _Codes) -> tuple[str, dict[str, float] | None]:
+    """`codes_digest`, and the exact scale of every matrix (an fp32 number is a JSON number); None
+    if a matrix has several."""
+    scales: dict[str, Tensor] = {}
+
+    def recorded(name: str) -> Ternary:
+        codes = ternary(name)
+        scales[name] = codes.scale
+        return codes
+
+    digest = codes_digest(source.ternary_names, recorded)
     if source.spec.weight.granularity != "matrix":
-        return None
-    return {name: float(source.ternary(name).scale) for name in sorted(source.ternary_names)}
+        return digest, None
+    return digest, {name: float(scale) for name, scale in scales.items()}
 
 
 def _refuse_undequantizable(source: ModelSource) -> None:

@@ -18,6 +18,7 @@ from bitscale.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
+from bitscale.errors import CheckpointError, DataError
 
 _PROBES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -36,7 +37,12 @@ def write_tokenizer(source: ModelSource, out: Path) -> dict[str, Any]:
     """
     if source.tokenizer_file is None:
         return {"eos_token_id": None, "bos_token_id": None}  # not the family's defaults
-    tokenizer = load_tokenizer(source.tokenizer_file, source.eod_token)
+    try:
+        tokenizer = load_tokenizer(source.tokenizer_file, source.eod_token)
+    except DataError as error:
+        raise CheckpointError(
+            f"tokenizer: {error}; or name it as eos_token in a tokenizer_config.json beside it"
+        ) from error
     shutil.copyfile(source.tokenizer_file, out / source.tokenizer_file.name)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

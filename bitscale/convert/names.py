@@ -10,6 +10,9 @@ layers.0.mlp_norm.weight          model.layers.0.post_attention_layernorm.weight
 layers.0.mlp.{gate,up,down}.*     model.layers.0.mlp.{gate,up,down}_proj.*
 layers.0.mlp.sub_norm.weight      model.layers.0.mlp.ffn_sub_norm.weight
 norm.weight, head.weight          model.norm.weight, lm_head.weight
+
+OLMo 2's norms follow what they are named after (`post_norm`): attn_norm is its
+post_attention_layernorm, mlp_norm its post_feedforward_layernorm.
 """
 
 import re
@@ -34,25 +37,31 @@ _INSIDE = {
     "mlp.down": "mlp.down_proj",
     "mlp.sub_norm": "mlp.ffn_sub_norm",
 }
+_INSIDE_POST_NORM = _INSIDE | {
+    "attn_norm": "post_attention_layernorm",
+    "mlp_norm": "post_feedforward_layernorm",
+}
 _OUTSIDE_BACK = {theirs: ours for ours, theirs in _OUTSIDE.items()}
 _INSIDE_BACK = {theirs: ours for ours, theirs in _INSIDE.items()}
+_INSIDE_POST_NORM_BACK = {theirs: ours for ours, theirs in _INSIDE_POST_NORM.items()}
 
 
-def to_huggingface(name: str) -> str:
+def to_huggingface(name: str, *, post_norm: bool = False) -> str:
     """Hugging Face's name of our parameter `name`. KeyError if it has none there."""
     module, _, parameter = name.rpartition(".")
     block = re.match(r"layers\.(\d+)\.(.+)", module)
     if block is None:
         return f"{_OUTSIDE[module]}.{parameter}"
-    return f"model.layers.{block[1]}.{_INSIDE[block[2]]}.{parameter}"
+    inside = _INSIDE_POST_NORM if post_norm else _INSIDE
+    return f"model.layers.{block[1]}.{inside[block[2]]}.{parameter}"
 
 
-def from_huggingface(name: str) -> str | None:
+def from_huggingface(name: str, *, post_norm: bool = False) -> str | None:
     """Our name of Hugging Face's parameter `name`; None if we have no such thing."""
     module, _, parameter = name.rpartition(".")
     block = re.match(r"model\.layers\.(\d+)\.(.+)", module)
     if block is None:
         ours = _OUTSIDE_BACK.get(module)
         return None if ours is None else f"{ours}.{parameter}"
-    ours = _INSIDE_BACK.get(block[2])
+    ours = (_INSIDE_POST_NORM_BACK if post_norm else _INSIDE_BACK).get(block[2])
     return None if ours is None else f"layers.{block[1]}.{ours}.{parameter}"

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from bitscale.checkpoint import ANY, Meta
-from bitscale.config import Config, QuantConfig, config_hash, parse_config, quant_spec, to_tree
+from bitscale.config import (
+    Config,
+    QuantConfig,
+    config_hash,
+    parse_config,
+    quant_spec,
+    section_items,
+    to_tree,
+)
 from bitscale.convert.latents import latents_of_codes
 from bitscale.convert.loaded import DTYPES
 from bitscale.convert.model_source import ModelSource
@@ -44,6 +52,8 @@ def write_checkpoint(
     """
     refuse_existing(out)
     cfg = _own_config(source, out) if cfg is None else _fill_in(cfg, source)
+    if not source.has_latents:
+        _check_quantizer(cfg.quant, source)
     shapes = {name: list(shape) for name, shape in source.shapes.items()}
     meta = Meta(
         step=0,
@@ -122,8 +132,6 @@ def _fill_in(cfg: Config, source: ModelSource) -> Config:
                 f"model.{key} is {ours[key]!r} in the configuration and {value!r} in "
                 f"{source.path}; set it to the latter"
             )
-    if not source.has_latents:
-        _check_quantizer(cfg.quant, source)
     return cfg
 
 
@@ -134,6 +142,11 @@ def _sizes(cfg: Config) -> dict[str, Any]:
 
 
 def _check_quantizer(quant: QuantConfig, source: ModelSource) -> None:
+    if source.spec.deadzone_bias:
+        raise CheckpointError(
+            f"{source.path} holds a bias made of weights whose code is 0, and not those weights "
+            f"(quant.preset={source.quant.preset!r}); start from the training checkpoint"
+        )
     if quant.preset != source.quant.preset:
         raise CheckpointError(
             f"quant.preset is {quant.preset!r} in the configuration, and {source.path} holds codes "
@@ -144,12 +157,11 @@ def _check_quantizer(quant: QuantConfig, source: ModelSource) -> None:
 def _identity(source: ModelSource, cfg: Config) -> dict[str, str]:
     """As `run.identity` writes it: the model, the tokenizer if known, and for codes the quantizer
     are given; nothing has been read of any corpus."""
-    tree = to_tree(cfg)
+    items = section_items(cfg, "model")
     is_ternary = source.strength.weight == 1.0
-    items = {f"model.{key}": json.dumps(v, sort_keys=True) for key, v in tree["model"].items()}
-    for key, value in tree["quant"].items():
-        if key != "kernel":
-            items[f"quant.{key}"] = json.dumps(value, sort_keys=True) if is_ternary else ANY
+    for key, value in section_items(cfg, "quant").items():
+        if key != "quant.kernel":
+            items[key] = value if is_ternary else ANY
     items["tokenizer"] = source.tokenizer_sha256 or ANY
     free = ("data.corpora", "data.seq_len", "data.reset_attention", "data.seed")
     return items | dict.fromkeys((*free, "train.global_batch_size"), ANY)

@@ -8,7 +8,7 @@ Symbols: D model width, S sequence, V vocabulary; of one rank: q width of its qu
 its key/value heads, f of its part of the feed-forward; b bytes of an activation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from bitscale.config import ModelConfig, has_bias
@@ -139,7 +139,8 @@ def block_vectors(m: ModelConfig, tp: int = 1) -> tuple[int, ...]:
     s = shard(m, tp)
     head_width = s.q // s.heads
     norms = (s.d, s.d) if m.norm_affine else ()
-    qk_norms = (head_width, head_width) if m.qk_norm else ()
+    widths = (s.q, s.kv) if m.qk_norm == "width" else (head_width, head_width)
+    qk_norms = widths if m.qk_norm else ()
     sub_norms = (s.q, s.f) if m.sub_norm else ()
     biases = tuple(part.rows for part in block_matrices(m, tp) if has_bias(m, part.name))
     return (*norms, *qk_norms, *sub_norms, *biases)
@@ -235,7 +236,9 @@ def block_saved_bytes(m: ModelConfig, at: Setting) -> dict[str, float]:
     of them."""
     s, b, share = shard(m, at.tp), at.bytes, at.residual_share
     num_up = 1 if m.mlp == "relu2" else 2
-    norms = 2 * share * _norm(s.d, m, at)
+    # After the linear layers it never becomes one with the codes of an input.
+    norm_at = replace(at, phase="16 bit") if m.post_norm else at
+    norms = 2 * share * _norm(s.d, m, norm_at)
     # Gathered whole with sequence parallelism, and kept so.
     inputs = _input(s.d, 3, at) + _input(s.d, num_up, at)
     if m.sub_norm and at.tp > 1:
@@ -251,7 +254,8 @@ def block_saved_bytes(m: ModelConfig, at: Setting) -> dict[str, float]:
         inputs += (_input(s.q, 1, at) if is_new else 0) + _input(s.f, 1, at)
     if m.qk_norm:
         for width, heads in ((s.q, s.heads), (s.kv, s.kv_heads)):
-            norms += FLOAT_BYTES * (width + heads) + b * width
+            rows = 1 if m.qk_norm == "width" else heads
+            norms += FLOAT_BYTES * (width + rows) + b * width
     saved = {
         "norms": norms,
         "inputs of linear layers": inputs,

@@ -29,7 +29,7 @@ IGNORED_TARGET = -100  # F.cross_entropy's default ignore_index
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); post-norm: x + norm(attention(x)), ..."""
 
     def __init__(self, m: ModelConfig, quant: QuantConfig, ranks: Ranks | None = None) -> None:
         super().__init__()
@@ -38,10 +38,16 @@ class Block(nn.Module):
         self.attn = Attention(m, quant, ranks)
         self.mlp_norm = make_norm(m, ranks.tp)
         self.mlp = MLP(m, quant, ranks.tp)
+        self.post_norm = m.post_norm
 
     def forward(
         self, x_BSD: Tensor, cos_SE: Tensor, sin_SE: Tensor, mask_B1SS: Tensor | None
     ) -> Tensor:
+        if self.post_norm:
+            h = shared_input(x_BSD, None, *self.attn.readers())
+            x_BSD = x_BSD + self.attn_norm(self.attn(h, cos_SE, sin_SE, mask_B1SS))
+            h = shared_input(x_BSD, None, *self.mlp.readers())
+            return x_BSD + cast(Tensor, self.mlp_norm(self.mlp(h)))
         h = shared_input(x_BSD, self.attn_norm, *self.attn.readers())
         x_BSD = x_BSD + self.attn(h, cos_SE, sin_SE, mask_B1SS)
         h = shared_input(x_BSD, self.mlp_norm, *self.mlp.readers())

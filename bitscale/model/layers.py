@@ -114,9 +114,10 @@ class Attention(nn.Module):
         self.k = column_linear(m.d_model, kv_width, quant, tp, has_bias(m, "k"), replicas)
         self.v = column_linear(m.d_model, kv_width, quant, tp, has_bias(m, "v"), replicas)
         self.o = row_linear(m.d_model, m.d_model, quant, tp, has_bias(m, "o"))
-        # Each rank norms its own heads.
-        self.q_norm = RMSNorm(self.head_width, m.norm_eps, tp=tp) if m.qk_norm else None
-        self.k_norm = RMSNorm(self.head_width, m.norm_eps, tp=tp) if m.qk_norm else None
+        self.norms_heads = m.qk_norm is True  # each rank norms its own
+        q_width, k_width = (self.head_width,) * 2 if self.norms_heads else (m.d_model, kv_width)
+        self.q_norm = RMSNorm(q_width, m.norm_eps, tp=tp) if m.qk_norm else None
+        self.k_norm = RMSNorm(k_width, m.norm_eps, tp=tp) if m.qk_norm else None
         self.sub_norm = make_sub_norm(m.d_model, m.norm_eps, tp) if m.sub_norm else None
 
     def readers(self) -> tuple[nn.Module, ...]:
@@ -134,10 +135,12 @@ class Attention(nn.Module):
             y = y.view(*y.shape[:-1], heads, self.head_width)
             return y.transpose(0, 1) if self.sequence_first else y
 
-        q_BSHE = split(self.q(x), self.num_heads)
-        k_BSKE = split(self.k(x), self.num_kv_heads)
+        q, k = self.q(x), self.k(x)
+        if self.q_norm is not None and self.k_norm is not None and not self.norms_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_BSHE, k_BSKE = split(q, self.num_heads), split(k, self.num_kv_heads)
         v_BSKE = split(self.v(x), self.num_kv_heads)
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None and self.norms_heads:
             q_BSHE, k_BSKE = self.q_norm(q_BSHE), self.k_norm(k_BSKE)
         q_BHSE = rotate(q_BSHE.transpose(1, 2), cos_SE, sin_SE)
         k_BKSE = rotate(k_BSKE.transpose(1, 2), cos_SE, sin_SE)

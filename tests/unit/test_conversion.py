@@ -178,20 +178,24 @@ def test_quantizing_twice_is_refused(ternary: Path, sixteen_bit: Path, tmp_path:
 def test_same_digest_in_every_format(ternary: Path, tmp_path: Path) -> None:
     source = open_source(ternary)
     digests = set()
-    for target, linear in (
-        ("packed", None),
-        ("hf-dequantized", None),
-        ("hf-bitnet", "bitlinear"),
-        ("hf-bitnet", "autobitlinear"),
+    for target, linear, dtype in (
+        ("packed", None, None),
+        ("hf-dequantized", None, "bf16"),
+        ("hf-bitnet", "bitlinear", "bf16"),
+        ("hf-bitnet", "autobitlinear", "bf16"),
+        ("hf-bitnet", "autobitlinear", "fp32"),
+        ("hf-bitnet", "online", "fp32"),  # latents of the run's bf16: of its masters codes differ
     ):
-        out = tmp_path / f"{target}-{linear}"
-        content = export(source, out, target, ExportOptions(linear=linear))  # type: ignore[arg-type]
-        digests.add(content["codes_sha256"])
+        out = tmp_path / f"{target}-{linear}-{dtype}"
+        options = ExportOptions(linear=linear, dtype=dtype)  # type: ignore[arg-type]
+        content = export(source, out, target, options)
+        digests |= {content["codes_sha256"]} - {None}
         assert read_certificate(out) == json.loads(json.dumps(content))
         assert content["source"]["step"] == 0
         assert content["quantizer"]["weight"]["measure"] == "absmean"
-        for check in verify(source, open_source(out), num_tokens=128):
-            assert check.passed, check
+        checks = verify(source, open_source(out), num_tokens=128)
+        assert all(check.passed for check in checks), checks
+        assert "codes" in [check.name for check in checks]
     assert len(digests) == 1
 
 

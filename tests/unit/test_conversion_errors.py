@@ -155,6 +155,10 @@ BAD_LATENTS: dict[str, tuple[Change, str]] = {
     "head width": (config(head_dim=16), "cannot compute head_dim=16 x 4 heads != hidden_size=32"),
     "mlp bias": (config(mlp_bias=True), "cannot compute mlp_bias=true without attention_bias"),
     "missing key": (config(hidden_size=None), "config.json has no 'hidden_size'; complete it"),
+    "no number": (
+        config(rope_theta="large", rope_parameters=None),
+        "config.json: could not convert string to float: 'large'; take the publisher's",
+    ),
     "no size": (config(hidden_size=0), "hidden_size=0 is not a positive whole number; mend it"),
     "another quantizer": (
         config(quantization_config={"quant_method": "gptq"}),
@@ -387,6 +391,20 @@ def test_import_for_another_configuration(
         f"quant.preset is 'twn' in the configuration, and {packed} holds codes of 'b158'" in error
     )
     assert list(tmp_path.iterdir()) == [packed]
+
+
+def test_finished_biases_and_superfluous_options(
+    make_config: MakeConfig, tmp_path: Path, capsys: Capture
+) -> None:
+    options = ["quant.preset=tequila", "quant.granularity=matrix"]
+    checkpoint = make_checkpoint(make_config, tmp_path / "c", *options, num_steps=1)
+    packed = tmp_path / "packed"
+    export(open_source(checkpoint), packed, "packed")
+    error = refused(capsys, "import", packed, tmp_path / "out")
+    assert "holds a bias made of weights whose code is 0, and not those weights" in error
+    error = refused(capsys, "import", packed, tmp_path / "out", "--scales", "divide")
+    assert f"--scales divide is for Hugging Face directories, and {packed} is none" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_llama2c_files(tmp_path: Path, capsys: Capture) -> None:

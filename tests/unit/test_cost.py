@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "BitNet b1.58 2B4T": {"mlp": "relu2_glu", "sub_norm": True},
     "GPT": {"mlp": "relu2", "norm": "layernorm", "bias": True, "num_kv_heads": None},
     "OLMo": {"norm": "layernorm", "norm_affine": False},
+    "OLMo 2": {"post_norm": True, "qk_norm": "width", "bias": "qkv"},
     "norms without weight": {"norm_affine": False, "qk_norm": True, "sub_norm": True},
 }
 BATCH, SEQ_LEN = 2, 64

@@ -37,6 +37,7 @@ CLASSES = {
     "bias": "LlamaForCausalLM",
     "qkv_bias": "Qwen2ForCausalLM",
     "olmo": "OlmoForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
 }
 IDS_BS = torch.randint(0, VOCAB_SIZE, (2, 48), generator=torch.Generator().manual_seed(5))
 
@@ -194,6 +195,7 @@ RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"use_sliding_window": False}),
     "qwen3": ("qwen3", {"head_dim": 8}),
     "olmo": ("olmo", {}),
+    "olmo2": ("olmo2", {}),
     "bitnet": ("bitnet", {}),
 }
 

@@ -23,6 +23,7 @@ MODELS: dict[str, str] = {
     "bias": "model={bias: true, rope_scaling: {type: linear, factor: 2.0}}",
     "qkv_bias": "model.bias=qkv",
     "olmo": "model={norm: layernorm, norm_affine: false}",
+    "olmo2": "model={post_norm: true, qk_norm: width}",
 }
 
 
