@@ -82,7 +82,9 @@ def choose_architecture(source: ModelSource) -> Architecture:
         or source.spec.hadamard is not None,
         "a SubLN that is still coming in (model.sub_norm='transition' in its ramp)": m.sub_norm
         == "transition",
-        "both model.sub_norm and model.qk_norm": bool(m.sub_norm) and m.qk_norm,
+        "model.post_norm": m.post_norm,
+        "model.qk_norm='width'; they norm each head": m.qk_norm == "width",
+        "both model.sub_norm and model.qk_norm": bool(m.qk_norm and m.sub_norm),
         "model.sub_norm with an untied head (bitnet shares the embedding)": bool(m.sub_norm)
         and not m.tie_embeddings,
         f"biases in a model that needs {architecture!r}": biases and architecture != "llama",

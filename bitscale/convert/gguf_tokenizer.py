@@ -123,6 +123,8 @@ def _sentencepiece(path: Path) -> Vocabulary:
 
 
 def _byte_level(path: Path) -> Vocabulary:
+    import tokenizers
+
     content = json.loads(path.read_text(encoding="utf-8"))
     model = content["model"]
     if model.get("type") != "BPE":
@@ -132,18 +134,18 @@ def _byte_level(path: Path) -> Vocabulary:
         raise CheckpointError(
             f"{path} normalizes or splits text by a rule that llama.cpp does not know; {_REMEDY}"
         )
-    ids = dict(model["vocab"])
-    added = {token["content"]: token for token in content.get("added_tokens") or []}
-    ids |= {name: token["id"] for name, token in added.items()}
-    names = {token: name for name, token in ids.items()}
+    # From the library: it numbers added tokens itself where the file's ids leave gaps.
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    added = tokenizer.get_added_tokens_decoder()
+    names = {id_: name for name, id_ in tokenizer.get_vocab(with_added_tokens=True).items()}
     tokens, types = [], []
     for token in range(max(names) + 1):
         name = names.get(token, f"[PAD{token}]")
         tokens.append(name)
         if token not in names:
             types.append(_UNUSED)
-        elif name in added:
-            types.append(_CONTROL if added[name].get("special") else _USER_DEFINED)
+        elif token in added:
+            types.append(_CONTROL if added[token].special else _USER_DEFINED)
         else:
             types.append(_NORMAL)
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]

@@ -54,7 +54,9 @@ def _olmo2(m: ModelConfig) -> Family:
     if not (m.post_norm and m.qk_norm == "width"):
         raise _unheld(f"model.post_norm={m.post_norm} with model.qk_norm={m.qk_norm!r}")
     layernorm, bias = m.norm == "layernorm", bool(m.bias)
-    _refuse_together(m, "model.post_norm=true", sub_norm=m.sub_norm, norm=layernorm, bias=bias)
+    _refuse_together(
+        m, "model.post_norm=true", sub_norm=bool(m.sub_norm), norm=layernorm, bias=bias
+    )
     return "olmo2"
 
 

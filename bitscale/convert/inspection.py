@@ -10,6 +10,7 @@ Tensors are read one after the other. Whatever is stored, `values` says what the
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -206,7 +207,7 @@ def _model_facts(source: ModelSource) -> dict[str, Any]:
         f"({m.num_kv_heads or m.num_heads} key/value), d_ff {m.d_ff} {m.mlp}, vocabulary "
         f"{m.vocab_size}, {'tied' if m.tie_embeddings else 'untied'} head"
         + ", SubLN" * bool(m.sub_norm)
-        + ", q/k norm" * m.qk_norm
+        + ", q/k norm" * bool(m.qk_norm)
         + ", biases" * bool(m.bias),
         "quantizer": source.quant.preset,
         "step": source.step,
@@ -363,7 +364,8 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 
 def _pickled(path: Path) -> _Listed:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(path)  # older ones are one pickle, read whole
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # the unpickler of hostile bytes raises anything
         raise CheckpointError(
             f"{path}: not a file of plain tensors ({_reason(error)}); a pickle may run code, so "
