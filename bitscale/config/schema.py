@@ -260,8 +260,8 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt  # sequences per forward pass and rank
     dtype: Literal["bf16", "fp32"] = "bf16"  # of weights and activations; masters are fp32
     seed: NonNegativeInt = 0  # initial weights
-    # recomputed in the backward pass; selective: attention, the gated product, norms and codes
-    # between matrix products; full: whole blocks
+    # recomputed in the backward pass; selective: norms, attention, the gated product and codes, but
+    # no matrix product; full: whole blocks
     activation_checkpointing: Checkpointing = "none"
     eval_every: NonNegativeInt = 0  # steps; 0: only at the end
     eval_batches: NonNegativeInt = 0  # global batches of validation text; 0: all of it

@@ -14,6 +14,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bitscale.config.spec import QuantSpec, kernel_measure
 from bitscale.errors import ConfigError
@@ -142,11 +143,17 @@ class QuantizedLinear:
             x_TD = x_TD if norm is None else norm(x_TD)
             blended_TD = kernels.blend_rows(x_TD, self._eps(), strength)
             return QuantizedInput(straight_through(x_TD, blended_TD), None, strength)
-        if isinstance(norm, RMSNorm):
+        if self.fuses(norm):
+            assert norm is not None
             carrier_TD, rows = norm(x_TD, (kernels, self._eps()))
             return QuantizedInput(carrier_TD, rows, strength)
         x_TD = x_TD if norm is None else norm(x_TD)
         return QuantizedInput(x_TD, kernels.quantize_rows(x_TD, self._eps()), strength)
+
+    def fuses(self, norm: nn.Module | None) -> bool:
+        """Whether `quantize_input` computes the norm in one pass with the codes."""
+        has_codes = self._kernels is not None and self.strength == TERNARY
+        return has_codes and isinstance(norm, RMSNorm)
 
     def prepare_weight(self) -> None:
         """Compute what the coming forward passes share, unless it is there already."""
@@ -309,13 +316,17 @@ class Head(nn.Linear):
 
 
 def shared_input(
-    x_TD: Tensor, norm: nn.Module | None, *layers: nn.Module
+    x_TD: Tensor, norm: nn.Module | None, *layers: nn.Module, recomputes: bool = False
 ) -> Tensor | QuantizedInput:
     """norm(x) for `layers`, which all read it: quantized once, if they quantize it alike.
 
     At λ = 1 an RMSNorm is computed in one pass with the codes, and its output is never stored.
+    `recomputes`: any other norm is computed again in the backward pass, of which x is kept.
     """
     first = layers[0]
+    fuses = isinstance(first, QuantizedLinear) and first.fuses(norm)
+    if recomputes and norm is not None and not fuses:
+        x_TD, norm = cast(Tensor, checkpoint(norm, x_TD, use_reentrant=False)), None
     if isinstance(first, QuantizedLinear) and all(
         isinstance(layer, QuantizedLinear)
         and (layer.strength, layer.spec, layer.kernels)

@@ -257,9 +257,10 @@ def block_saved_bytes(m: ModelConfig, at: Setting) -> dict[str, float]:
     # Gathered whole with sequence parallelism, and kept so.
     inputs = _input(s.d, 3, at) + _input(s.d, num_up, at)
     if at.checkpointing == "selective":
-        # What the matrix products give, and what q, k, v and gate, up read.
+        # What the matrix products give, and what q, k, v and gate, up read; of norms their input,
+        # unless they are fused and keep no more anyway.
         return {
-            "norms": norms,
+            "norms": norms if _is_fused(m, at) else 2 * share * b * s.d,
             "inputs of linear layers": inputs,
             "attention": float(b * (s.q + 2 * s.kv)),
             "feed-forward": float(b * s.f * num_up),
@@ -310,7 +311,8 @@ def recomputed_bytes(m: ModelConfig, at: Setting) -> float:
     attention = float(b * (2 * s.q + 2 * s.kv) + FLOAT_BYTES * s.heads)
     attention += whole.get("attention masks", 0.0)
     feed_forward = whole["feed-forward"] - kept["feed-forward"]
-    behind = sum(whole[kind] - kept[kind] for kind in ("norms", "inputs of linear layers"))
+    behind = whole["inputs of linear layers"] - kept["inputs of linear layers"]
+    behind += whole["norms"] - 2 * at.residual_share * _norm(s.d, m, at)
     behind_attention = behind * s.q / (s.q + s.f)
     return max(attention + behind_attention, feed_forward + behind - behind_attention)
 
@@ -358,6 +360,11 @@ def _norm(width: int, m: ModelConfig, at: Setting) -> float:
     if m.norm == "rmsnorm":
         return _rms_norm(width, at, affine=m.norm_affine)
     return FLOAT_BYTES * (width + 2) + (at.bytes * width if m.norm_affine else 0)
+
+
+def _is_fused(m: ModelConfig, at: Setting) -> bool:
+    """Whether a block's norms are computed with the codes of what they give."""
+    return m.norm == "rmsnorm" and at.phase == "ternary" and at.way == "kernels"
 
 
 def _rms_norm(width: int, at: Setting, *, affine: bool = True, kept_anyway: bool = False) -> float:

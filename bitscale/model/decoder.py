@@ -50,15 +50,17 @@ class Block(nn.Module):
         recomputes: bool = False,
     ) -> Tensor:
         """`recomputes`: selective activation checkpointing."""
+        readers = self.attn.readers()
         if self.post_norm:
-            h = shared_input(x_BSD, None, *self.attn.readers())
+            h = shared_input(x_BSD, None, *readers)
             y_BSD = self.attn(h, cos_SE, sin_SE, mask_B1SS, recomputes=recomputes)
             x_BSD = x_BSD + cast(Tensor, self.attn_norm(y_BSD))
             h = shared_input(x_BSD, None, *self.mlp.readers())
             return x_BSD + cast(Tensor, self.mlp_norm(self.mlp(h, recomputes=recomputes)))
-        h = shared_input(x_BSD, self.attn_norm, *self.attn.readers())
+        h = shared_input(x_BSD, self.attn_norm, *readers, recomputes=recomputes)
         x_BSD = x_BSD + self.attn(h, cos_SE, sin_SE, mask_B1SS, recomputes=recomputes)
-        h = shared_input(x_BSD, self.mlp_norm, *self.mlp.readers())
+        readers = self.mlp.readers()
+        h = shared_input(x_BSD, self.mlp_norm, *readers, recomputes=recomputes)
         return x_BSD + cast(Tensor, self.mlp(h, recomputes=recomputes))
 
 

@@ -179,11 +179,15 @@ def test_saved_bytes_of_presets_without_kernels(preset: str, phase: Phase) -> No
         assert expected == pytest.approx(saved_bytes(model, 2, False), rel=0.01), ckpt
 
 
+@pytest.mark.parametrize("preset", ["b158", "torchao"])
 @pytest.mark.parametrize("phase", STRENGTHS)
 @pytest.mark.parametrize("ckpt", get_args(Checkpointing))
-def test_flops_are_those_that_pytorch_counts(phase: Phase, ckpt: Checkpointing) -> None:
+def test_flops_are_those_that_pytorch_counts(
+    phase: Phase, ckpt: Checkpointing, preset: str
+) -> None:
     m = model_config(num_layers=3)
-    model = decoder(m, phase, torch.bfloat16, ckpt=ckpt)
+    model = decoder(m, phase, torch.bfloat16, preset=preset, ckpt=ckpt)
+    way = way_of(quant_spec(QuantConfig(preset=preset)))  # type: ignore[arg-type]
     ids, targets, _ = batch(SIZES["vocab_size"])
     tokens = ids.numel()
     # The counter does not know the CPU's fused attention.
@@ -193,7 +197,7 @@ def test_flops_are_those_that_pytorch_counts(phase: Phase, ckpt: Checkpointing) 
         with FlopCounterMode(display=False) as backward:
             loss.backward()
     flops = cost.forward_flops(m, SEQ_LEN)
-    again = cost.recomputed_flops(m, SEQ_LEN, phase, "kernels", ckpt, num_layers=None)
+    again = cost.recomputed_flops(m, SEQ_LEN, phase, way, ckpt, num_layers=None)
     assert tokens * flops.total == pytest.approx(forward.get_total_flops(), rel=1e-6)
     expected = tokens * (2 * flops.total + again.total)
     assert expected == pytest.approx(backward.get_total_flops(), rel=1e-6)
