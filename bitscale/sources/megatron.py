@@ -36,7 +36,6 @@ _HARMLESS = (
 )
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)(.+)")
 _MASTERS = ("optimizer.state.fp32_param.", "optimizer.state.param.")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _Key(NamedTuple):
