@@ -110,7 +110,7 @@ def write_report(work: Path, out: Path, provenance: str) -> list[Path]:
     }
     text = json.dumps({"provenance": provenance, "seeds_in_order": rows}, indent=1)
     data.write_text(text.replace("NaN", "null") + "\n", encoding="utf-8")
-    draw(tables).savefig(picture, dpi=120)
+    draw(tables).savefig(picture, dpi=90)
     return [page, data, picture]
 
 
@@ -184,13 +184,20 @@ def verdict(table: Table) -> tuple[str, str]:
     return softens, "confirmed" if compensated else "not within these tokens"
 
 
+def verdict_line(shape: str, table: Table) -> str:
+    softens, compensates = verdict(table)
+    title = "λ jumps" if shape == "jump" else "λ ramps"
+    return (
+        f"- {title}: keeping softens the spike: **{softens}**; further training compensates: "
+        f"**{compensates}**."
+    )
+
+
 def outcomes(tables: dict[str, Table]) -> str:
     """What became of each prediction, in its order."""
     table = tables["jump"]
     reset = CONTRASTS["reset - keep, rate continued"]
-    peak, early, valid = (
-        contrast(table, reset, field) for field in ("peak_excess", "early_excess", "valid_excess")
-    )
+    peak, early = (contrast(table, reset, field) for field in ("peak_excess", "early_excess"))
     height = interval([seen.peak_excess for seen in table[KEEP]]).mean
     lines = [
         f"1. {judged(peak, 1)}: the peak after a reset differs by {peak}, which is "
@@ -207,11 +214,11 @@ def outcomes(tables: dict[str, Table]) -> str:
         f"2. A lower peak by re-warming: {'; '.join(shown)}. Re-warmed, a reset's peak differs "
         f"from a keep's by {rewarmed}."
     )
-    same = valid.low <= 0 <= valid.high or abs(valid.mean) < 0.1 * abs(peak.mean)
-    lines.append(
-        f"3. {'as predicted' if same else 'not within these tokens'}: at the end the validation "
-        f"losses of reset and keep differ by {valid}."
-    )
+    ends = {name: contrast(table, pair, "valid_excess") for name, pair in CONTRASTS.items()}
+    same = {name: end.low <= 0 <= end.high for name, end in ends.items()}
+    word = "as predicted" if all(same.values()) else "only in part as predicted"
+    listed = "; ".join(f"{name} {end}" for name, end in ends.items())
+    lines.append(f"3. {word}: the validation losses at the end differ by {listed}.")
     if "ramp" in tables:
         lines.append(ramp_outcome(tables))
     return "\n".join(lines)
@@ -220,12 +227,21 @@ def outcomes(tables: dict[str, Table]) -> str:
 def ramp_outcome(tables: dict[str, Table]) -> str:
     """Over the seeds that both shapes have."""
     jump, ramp = tables["jump"], tables["ramp"]
-    pairs = zip(jump[KEEP], ramp[KEEP], strict=False)
-    lower = interval([b.peak_excess - a.peak_excess for a, b in pairs])
+    lower = {
+        policy: interval(
+            [
+                b.peak_excess - a.peak_excess
+                for a, b in zip(jump[policy], ramp[policy], strict=False)
+            ]
+        )
+        for policy in policies()
+    }
+    words = sorted({judged(value, -1) for value in lower.values()})
+    listed = "; ".join(f"{p.state}, {p.lr} {value}" for p, value in lower.items())
     order = contrast(ramp, CONTRASTS["reset - keep, rate continued"], "peak_excess")
     return (
-        f"4. A lower peak by a ramp: {judged(lower, -1)} ({lower}, state kept, rate continued). "
-        f"With it a reset's peak differs from a keep's by {order}: {judged(order, 1)}."
+        f"4. Lower peaks by a ramp: {', '.join(words)} ({listed}). With it a reset's peak differs "
+        f"from a keep's by {order}: {judged(order, 1)}."
     )
 
 
@@ -274,15 +290,12 @@ def draw_policy(panel: Any, tokens: Floats, policy: Policy, column: list[Seen]) 
 
 def render(tables: dict[str, Table], provenance: str) -> str:
     sections = [shape_section(shape, table) for shape, table in tables.items()]
-    first = next(iter(tables.values()))
-    softens, compensates = verdict(first)
     return TEXT.format(
         prediction=PREDICTION,
         provenance=provenance,
         sections="\n".join(sections),
-        softens=softens,
+        verdicts="\n".join(verdict_line(shape, table) for shape, table in tables.items()),
         outcomes=outcomes(tables),
-        compensates=compensates,
         fork=FORK_STEP,
         after=AFTER_STEPS,
         batch=TOKENS_PER_STEP,
@@ -309,12 +322,7 @@ def shape_section(shape: str, table: Table) -> str:
     for name, pair in CONTRASTS.items():
         cells = [str(contrast(table, pair, field)) for field in MEASURES]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    softens, compensates = verdict(table)
-    lines += [
-        "",
-        f"Softened by keeping: **{softens}**. Compensated by training: **{compensates}**.",
-        "",
-    ]
+    lines.append("")
     return "\n".join(lines)
 
 
@@ -356,10 +364,26 @@ the final validation losses is smaller than a tenth of that of the peaks, or its
 0.
 
 ## Verdict
-With λ jumping to 1: keeping softens the spike: **{softens}**; further training compensates:
-**{compensates}**. Of the predictions:
+The paper's claim, by these rules:
+
+{verdicts}
+
+Of the predictions:
 
 {outcomes}
+
+## Reading (of the runs of 2026-11-22)
+- With a jump of λ the spike is the quantization itself: some .46 of .48 nats are there whatever
+  Adam holds. A reset costs .02 in the first steps and is then the better choice for 40,000 tokens;
+  what Adam remembers of the 16-bit model seems to be of little use so far from it. (Why, is not
+  measured here.)
+- With a ramp the order is the paper's: a reset at the full rate costs .04 on average while λ
+  rises, .02 at the peak, and .007 are left after 123,000 tokens.
+- The paper's "reset" is reset and re-warming together. With a ramp its peak is that of a keep;
+  after a jump it lies a little above. Re-warming itself leaves .01 to .02 at the end in all four
+  comparisons: tokens learned from at a lower rate, in runs this short.
+- The ramp matters some fourteen times as much for the peak as the state does (.316 and .022), and
+  the run with it ends .015 lower.
 {missing}
 ![excess loss after the transition](../images/optimizer-state.png)
 
