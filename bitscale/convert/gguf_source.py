@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -135,7 +136,8 @@ def _model_config(file: GgufFile, architecture: Architecture) -> ModelConfig:
         found = file.metadata.get(f"{architecture}.{key}", default)
         if found is None:
             raise CheckpointError(f"{file.path} has no {architecture}.{key} in its metadata")
-        return found
+        # Stored as fp32: 1e-5 is meant, not 9.99999974e-06.
+        return float(str(np.float32(found))) if isinstance(found, float) else found
 
     scaling = value("rope.scaling.type", "none")
     if scaling not in ("none", "linear") or ROPE_FACTORS in file.tensors:
