@@ -3,10 +3,11 @@
     python tools/bench_convert.py                          # a 4096 x 4096 matrix, a table
     python tools/bench_convert.py --shape 4096x11008 --repeats 31 --json convert.json
 
-Contenders take turns within every repeat, so that a slow minute of the machine hits all of them; the
-figures are medians, and the fastest of each, which a busy machine disturbs less. GB/s count bytes read and written, of codes and of packed bytes, so the copy of
-the int8 codes is the limit; results go to memory that is there already where a contender can be told
-so (the copy and ours). Each result is compared with ours before it is timed.
+Contenders take turns within every repeat, so that a slow minute of the machine hits all of them;
+the figures are medians, and the fastest of each, which a busy machine disturbs less. GB/s count
+bytes read and written, of codes and of packed bytes, so the copy of the int8 codes is the limit;
+results go to memory that is there already where a contender can be told so (the copy and ours).
+Each result is compared with ours before it is timed.
 """
 
 import argparse

@@ -207,7 +207,7 @@ def _model_facts(source: ModelSource) -> dict[str, Any]:
         f"({m.num_kv_heads or m.num_heads} key/value), d_ff {m.d_ff} {m.mlp}, vocabulary "
         f"{m.vocab_size}, {'tied' if m.tie_embeddings else 'untied'} head"
         + ", SubLN" * m.sub_norm
-        + ", q/k norm" * m.qk_norm
+        + ", q/k norm" * bool(m.qk_norm)
         + ", biases" * bool(m.bias),
         "quantizer": source.quant.preset,
         "step": source.step,
