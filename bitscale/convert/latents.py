@@ -20,6 +20,7 @@ from bitscale.quant.quantizer import quantize, step
 from bitscale.quant.reference import Ternary
 
 _MAX_ULPS = 16  # how far from s the mean may be aimed, where a measure rounds its own sums
+_NUM_REMAINDERS = 4  # weights of code 0 that make up for rounding
 _GRID = 2.0**-30  # of the exact sum that absmean is taken with (quant/quantizer.py)
 _MANTISSA_BITS = {torch.float32: 23, torch.bfloat16: 7}
 
@@ -61,7 +62,7 @@ def _spread(codes_FD: Tensor, mean: float, dtype: torch.dtype, counts_zeros: boo
     mean of all (absmean), or of those whose code is not 0 (twn).
 
     All nonzero ones are one of two neighbours in `dtype`; what then still lacks, less than their
-    distance, goes to a weight whose code is 0 and stays far below half of the mean.
+    distance, goes to weights whose code is 0 and stay far below half of the mean.
     """
     flat = codes_FD.flatten()
     nonzero = flat.nonzero().flatten()
@@ -76,8 +77,9 @@ def _spread(codes_FD: Tensor, mean: float, dtype: torch.dtype, counts_zeros: boo
         magnitudes[:num_high] += grid
         weights[nonzero] = magnitudes * flat[nonzero]
         lacking = total - low * nonzero.numel() - grid * num_high
-        for place in (flat == 0).nonzero().flatten()[: 2 if counts_zeros else 0]:
-            part = torch.tensor(lacking, dtype=torch.float64).to(dtype).double()
+        for place in (flat == 0).nonzero().flatten()[: _NUM_REMAINDERS if counts_zeros else 0]:
+            # Slightly less, so that rounding never takes more than there is.
+            part = torch.tensor(lacking * (1 - 2.0**-7), dtype=torch.float64).to(dtype).double()
             weights[place] = part
-            lacking = max(lacking - float(part), 0.0)
+            lacking -= float(part)
     return weights.to(dtype).view(codes_FD.shape)

@@ -31,7 +31,7 @@ from tiny_models import make_checkpoint
 
 pytestmark = pytest.mark.unit
 MakeConfig = Callable[..., Config]
-_MATRIX = ("b158", "absmedian", "twn", "trilm", "hf", "torchao")
+_MATRIX = ("b158", "absmedian", "twn", "trilm")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

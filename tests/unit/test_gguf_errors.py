@@ -50,7 +50,8 @@ def file(make: Callable[..., ModelSource], tmp_path_factory: pytest.TempPathFact
             ["model.d_ff=255"],
             "layers.0.mlp.down.weight has 255 columns and TQ2_0 stores blocks of 256 (1 of 7 "
             "layers do not divide); llama.cpp would fall back to another type: use gguf-bf16, "
-            "packed or compact, or train with model.d_model and model.d_ff that are multiples of 256",
+            "packed or compact, or train with model.d_model and model.d_ff that are multiples "
+            "of 256",
         ),
         (["model.mlp=relu2_glu"], "has model.mlp='relu2_glu'; they compute SwiGLU; the formats"),
         (["model.norm=layernorm"], "has model.norm='layernorm'; they compute RMSNorm"),
