@@ -30,6 +30,7 @@ from bitscale.convert.gguf_layout import (
 )
 from bitscale.convert.model_source import ModelSource, parameter_shapes, ternary_names
 from bitscale.errors import CheckpointError
+from bitscale.model.bitlinear import is_scale
 from bitscale.quant.gguf_blocks import BlockType, unpack_blocks, unpack_i2_s
 from bitscale.quant.reference import Ternary
 from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
@@ -51,7 +52,8 @@ def gguf_source(path: Path) -> ModelSource:
     m = ModelConfig(**content["model"]) if content else _model_config(file, architecture)
     quant = QuantConfig(**content["quant"]) if content else QuantConfig()
     names = ternary_names(m, quant)
-    shapes = parameter_shapes(m, quant)
+    all_shapes = parameter_shapes(m, quant)
+    shapes = {name: shape for name, shape in all_shapes.items() if not is_scale(name)}
     _check_tensors(file, shapes, m, architecture)
     biases = [f"{name[:-7]}.bias" for name in names if f"{to_gguf(name)[:-7]}.bias" in file.tensors]
     shapes |= {name: shapes[f"{name[:-5]}.weight"][:1] for name in biases}
