@@ -144,7 +144,9 @@ def _version_9(content: bytes) -> bytes:
 
 
 def _many_tensors(content: bytes) -> bytes:
-    return content[:8] + struct.pack("<Q", 2**60) + content[16:]
+    """The file ends after the last tensor's one dimension, type and offset."""
+    end = content.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8 + 4 + 8
+    return content[:8] + struct.pack("<Q", 2**60) + content[16:end]
 
 
 def _unknown_type(content: bytes) -> bytes:
