@@ -39,6 +39,7 @@ from bitscale.convert.packed import refuse_unpackable
 from bitscale.convert.progress import Progress
 from bitscale.convert.staging import new_path, refuse_existing
 from bitscale.errors import CheckpointError
+from bitscale.model.bitlinear import is_scale
 from bitscale.quant.gguf_blocks import BLOCK, I2_S_LINE, pack_blocks, pack_i2_s
 from bitscale.quant.reference import Ternary
 from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
@@ -162,7 +163,8 @@ def _certificate(plan: Plan) -> dict[str, Any]:
 def _write(plan: Plan, path: Path, content: dict[str, Any], vocabulary: Vocabulary | None) -> None:
     writer = _gguf_writer(plan.architecture)
     _add_metadata(writer, plan, content, vocabulary)
-    names = list(plan.source.shapes)
+    # Learned scales are in the codes; a model that is still 16 bit does not use them.
+    names = [name for name in plan.source.shapes if not is_scale(name)]
     stored = [tensor for name in names for tensor in _stored(plan, name)] + _stored_extra(plan)
     for tensor in stored:
         kind = TYPES[tensor.encoding.upper()]
@@ -231,7 +233,8 @@ def _stored(plan: Plan, name: str) -> list[Stored]:
     tensors = [Stored(to_gguf(name), shape, plan.encoding)]
     if plan.encoding in ("tq1_0", "tq2_0") and plan.scales == "exact":
         tensors.append(Stored(_beside(name, "scale"), (1,), "f32"))
-    if f"{name[:-7]}.bias" in source.shapes or source.spec.deadzone_bias:
+    deadzone = source.spec.deadzone_bias and source.strength != SIXTEEN_BIT
+    if f"{name[:-7]}.bias" in source.shapes or deadzone:
         tensors.append(Stored(_beside(name, "bias"), shape[:1], "f32"))
     return tensors
 

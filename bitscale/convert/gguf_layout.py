@@ -44,6 +44,7 @@ _INSIDE = {
 _OUTSIDE_BACK = {theirs: ours for ours, theirs in _OUTSIDE.items()}
 _INSIDE_BACK = {theirs: ours for ours, theirs in _INSIDE.items()}
 ROPE_FACTORS = "rope_freqs.weight"
+_SMALLEST_FP16 = 2.0**-24
 
 
 def to_gguf(name: str) -> str:
@@ -161,19 +162,21 @@ def split_scale(scale: float) -> tuple[float, float]:
     nearest where that leaves such a rest, else up: a rest below 1 is spaced finely enough.
     """
     target = torch.tensor(scale, dtype=torch.float32)
+    if not _SMALLEST_FP16 / 2 <= scale <= torch.finfo(torch.float16).max:
+        raise CheckpointError(
+            f"a weight scale of {scale:g} is outside what GGUF's fp16 block scales reach (3e-8 to "
+            f"65504); {OTHER_TARGETS}"
+        )
     nearest = target.to(torch.float16)
     up = nearest if nearest >= target else _next(nearest, torch.inf)
     for d in (nearest, up, _next(up, torch.inf)):
-        if float(d) == 0.0 or bool(d.isinf()):
+        if float(d) == 0.0 or not bool(d.isfinite()):
             continue
         rest = target / d.float()
         for candidate in (rest, _next(rest, 0.0), _next(rest, torch.inf)):
             if float(d.float() * candidate) == float(target):
                 return float(d), float(candidate)
-    raise CheckpointError(
-        f"a weight scale of {scale:g} is outside what GGUF's fp16 block scales reach (6e-8 to "
-        f"65504); {OTHER_TARGETS}"
-    )
+    raise AssertionError(f"{scale} has no rest")  # a rest below 1 exists for d > scale
 
 
 def _next(t: Tensor, towards: float) -> Tensor:

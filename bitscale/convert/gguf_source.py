@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -29,6 +30,7 @@ from bitscale.convert.gguf_layout import (
 )
 from bitscale.convert.model_source import ModelSource, parameter_shapes, ternary_names
 from bitscale.errors import CheckpointError
+from bitscale.model.bitlinear import is_scale
 from bitscale.quant.gguf_blocks import BlockType, unpack_blocks, unpack_i2_s
 from bitscale.quant.reference import Ternary
 from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
@@ -50,7 +52,8 @@ def gguf_source(path: Path) -> ModelSource:
     m = ModelConfig(**content["model"]) if content else _model_config(file, architecture)
     quant = QuantConfig(**content["quant"]) if content else QuantConfig()
     names = ternary_names(m, quant)
-    shapes = parameter_shapes(m, quant)
+    all_shapes = parameter_shapes(m, quant)
+    shapes = {name: shape for name, shape in all_shapes.items() if not is_scale(name)}
     _check_tensors(file, shapes, m, architecture)
     biases = [f"{name[:-7]}.bias" for name in names if f"{to_gguf(name)[:-7]}.bias" in file.tensors]
     shapes |= {name: shapes[f"{name[:-5]}.weight"][:1] for name in biases}
@@ -135,7 +138,8 @@ def _model_config(file: GgufFile, architecture: Architecture) -> ModelConfig:
         found = file.metadata.get(f"{architecture}.{key}", default)
         if found is None:
             raise CheckpointError(f"{file.path} has no {architecture}.{key} in its metadata")
-        return found
+        # Stored as fp32: 1e-5 is meant, not 9.99999974e-06.
+        return float(str(np.float32(found))) if isinstance(found, float) else found
 
     scaling = value("rope.scaling.type", "none")
     if scaling not in ("none", "linear") or ROPE_FACTORS in file.tensors:

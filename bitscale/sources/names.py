@@ -118,7 +118,7 @@ def _place(name: str, shape: Shape, theirs: Collection[str], m: ModelConfig) -> 
         return _in_megatron(name, shape, theirs, m)
     if "model.embed_tokens.weight" in theirs:
         try:
-            return Place(to_huggingface(name), shape)
+            return Place(to_huggingface(name, post_norm=m.post_norm), shape)
         except KeyError:
             pass
     return Place(name, shape)

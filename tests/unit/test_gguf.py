@@ -183,7 +183,7 @@ def test_split_scale_is_exact(scale: float) -> None:
 
 
 def test_scales_outside_fp16() -> None:
-    for scale in (7e4, 1e-9, 0.0):
+    for scale in (7e4, 1e-9, 0.0, float("inf")):
         with pytest.raises(CheckpointError, match="outside what GGUF's fp16 block scales reach"):
             split_scale(scale)
 

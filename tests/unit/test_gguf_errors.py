@@ -50,7 +50,8 @@ def file(make: Callable[..., ModelSource], tmp_path_factory: pytest.TempPathFact
             ["model.d_ff=255"],
             "layers.0.mlp.down.weight has 255 columns and TQ2_0 stores blocks of 256 (1 of 7 "
             "layers do not divide); llama.cpp would fall back to another type: use gguf-bf16, "
-            "packed or compact, or train with model.d_model and model.d_ff that are multiples of 256",
+            "packed or compact, or train with model.d_model and model.d_ff that are multiples "
+            "of 256",
         ),
         (["model.mlp=relu2_glu"], "has model.mlp='relu2_glu'; they compute SwiGLU; the formats"),
         (["model.norm=layernorm"], "has model.norm='layernorm'; they compute RMSNorm"),
@@ -143,7 +144,9 @@ def _version_9(content: bytes) -> bytes:
 
 
 def _many_tensors(content: bytes) -> bytes:
-    return content[:8] + struct.pack("<Q", 2**60) + content[16:]
+    """The file ends after the last tensor's one dimension, type and offset."""
+    end = content.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8 + 4 + 8
+    return content[:8] + struct.pack("<Q", 2**60) + content[16:end]
 
 
 def _unknown_type(content: bytes) -> bytes:

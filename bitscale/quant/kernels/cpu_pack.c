@@ -52,9 +52,13 @@ void pack_two_bit(const Launch *a, int64_t row, float *restrict scratch) {
     int64_t n = a->columns, quarter = a->rows * n;
     const uint8_t *restrict c0 = (const uint8_t *)a->codes + row * n, *c1 = c0 + quarter;
     const uint8_t *restrict c2 = c1 + quarter, *c3 = c2 + quarter;
-    uint8_t *restrict out = (uint8_t *)a->out.data + row * n;
-    for (int64_t i = 0; i < n; i++) out[i] = four_to_byte(c0[i], c1[i], c2[i], c3[i]);
-    for (int i = 0; i < 4; i++) note(a, not_ternary(c0 + i * quarter, n));
+    uint8_t *restrict out = (uint8_t *)a->out.data + row * n, worst = 0;
+    for (int64_t i = 0; i < n; i++) {
+        out[i] = four_to_byte(c0[i], c1[i], c2[i], c3[i]);
+        worst = larger(worst, larger(larger((uint8_t)(c0[i] + 1), (uint8_t)(c1[i] + 1)),
+                                     larger((uint8_t)(c2[i] + 1), (uint8_t)(c3[i] + 1))));
+    }
+    note(a, worst > 2);
 }
 
 void unpack_two_bit(const Launch *a, int64_t row, float *restrict scratch) {
