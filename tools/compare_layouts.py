@@ -291,8 +291,8 @@ Allowed (the command fails beyond it):
 |---|---|---|---|
 {tolerances}
 
-In bf16 one process alone, with micro-batches of {size} sequences instead of 2, differs from itself by
-{yardstick} in the three phases: no layout should differ by more.
+In bf16 one process alone, with micro-batches of {size} sequences instead of 2, differs from itself
+by {yardstick} in the three phases: no layout should differ by more.
 
 [zero-equivalence.md](zero-equivalence.md) explains the size of these differences: sums of
 floating-point gradients in another order, and, once λ > 0, single weights on the border between
