@@ -231,17 +231,19 @@ void pack_tq1_0(const Launch *a, int64_t block, float *restrict scratch) {
 void unpack_tq1_0(const Launch *a, int64_t block, float *restrict scratch) {
     (void)scratch;
     int64_t first = block * GROUPS_PER_BLOCK, end = end_of(a, first, GROUPS_PER_BLOCK);
-    uint8_t invalid[TQ1] = {0}, any = 0;
+    uint8_t invalid[32] = {0}, any = 0;
     for (int64_t group = first; group < end; group++) {
         const uint8_t *in = (const uint8_t *)a->out.data + group * TQ1;
         int8_t *c = a->codes + group * GROUP;
-        for (int i = 0; i < TQ1 - 2; i++) invalid[i] |= is_no_fraction(in[i]);
+        for (int i = 0; i < 32; i++) invalid[i] |= is_no_fraction(in[i]);
+        for (int i = 0; i < 16; i++) invalid[i] |= is_no_fraction(in[32 + i]);
+        for (int i = 0; i < 4; i++) invalid[i] |= is_no_fraction(in[48 + i]);
         unpack_five(in, 32, c, 32);
         unpack_five(in + 32, 16, c + 160, 16);
         any |= unpack_last(in + 48, c + 240);
         load_scale(a, group, in + 52);
     }
-    for (int i = 0; i < TQ1; i++) any |= invalid[i];
+    for (int i = 0; i < 32; i++) any |= invalid[i];
     note(a, any);
 }
 
