@@ -258,9 +258,9 @@ def block_saved_bytes(m: ModelConfig, at: Setting) -> dict[str, float]:
     inputs = _input(s.d, 3, at) + _input(s.d, num_up, at)
     if at.checkpointing == "selective":
         # What the matrix products give, and what q, k, v and gate, up read; of norms their input,
-        # unless they are fused and keep no more anyway.
+        # unless they are fused and keep no more anyway, or follow the products (post_norm).
         return {
-            "norms": norms if _is_fused(m, at) else 2 * share * b * s.d,
+            "norms": norms if m.post_norm or _is_fused(m, at) else 2 * share * b * s.d,
             "inputs of linear layers": inputs,
             "attention": float(b * (s.q + 2 * s.kv)),
             "feed-forward": float(b * s.f * num_up),
