@@ -6,8 +6,6 @@
 #   make quickstart CORPUS=/path/to/text
 #   make test TESTS=tests/unit
 
-TESTS ?= tests/unit tests/dist tests/e2e
-
 # The stamp's name is a checksum of what was installed: a change of either file installs again.
 STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 IS_SUPPORTED := import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
@@ -38,8 +36,14 @@ $(STAMP):
 	.venv/bin/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# Unit tests run side by side; the others start ranks of their own and want the machine.
 test: env ## Run the tests (all groups, or TESTS=tests/unit)
+ifdef TESTS
 	$(IN_ENV) python -m pytest $(TESTS) --durations=10
+else
+	$(IN_ENV) python -m pytest tests/unit -n auto --maxprocesses 8 --dist loadfile --durations=10
+	$(IN_ENV) python -m pytest tests/dist tests/e2e --durations=10
+endif
 
 quickstart: env ## Prepare, train, switch, export, evaluate on this machine (CORPUS=path: your text)
 	$(IN_ENV) launch/quickstart.sh $(if $(CORPUS),--corpus '$(CORPUS)')
