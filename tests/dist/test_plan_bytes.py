@@ -121,7 +121,7 @@ def live_bytes(engine: TrainEngine) -> Counter[str]:
     places += [("parameter", [p.data for p in parameters])]
     places += [("partition", [getattr(p, "ds_tensor", ()) for p in parameters])]
     places += [("parameter.grad", [p.grad for p in parameters])]
-    places += [("adam", [list(state.values()) for state in engine._adam.state.values()])]
+    places += [("adam", [list(state.values()) for state in engine._optimizer.state.values()])]
     places += [(name, value) for name, value in vars(engine._wrapper).items() if name in PARTS]
     prepared = [layer.prepared for _, layer in bit_linears(engine.module)]
     places += [("codes", [p.codes for p in prepared if p is not None])]
