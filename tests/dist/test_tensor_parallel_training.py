@@ -25,6 +25,7 @@ from world import World
 
 from bitscale import checkpoint
 from bitscale.config import Config, num_kv_heads
+from bitscale.errors import CheckpointError
 from bitscale.mesh import Mesh, share_model
 from bitscale.telemetry import TernaryTelemetry
 
@@ -151,5 +152,5 @@ def test_a_missing_part_is_noticed(
     reader = checkpoint.Reader(checkpoint.resolve(tmp_path / layout.folder))
     pieces = reader._index["layers.0.attn.o.weight", "master"]
     reader._index["layers.0.attn.o.weight", "master"] = [p for p in pieces if p.part[1] == 0]
-    with pytest.raises(checkpoint.CheckpointError, match="parts of tensor-parallel ranks are miss"):
+    with pytest.raises(CheckpointError, match="parts of tensor-parallel ranks are miss"):
         dict(reader.parameters())
