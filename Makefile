@@ -13,7 +13,7 @@ IS_SUPPORTED := import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not i
 IN_ENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help env test quickstart lint format clean
+.PHONY: help env test test-all quickstart lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -37,13 +37,16 @@ $(STAMP):
 	@touch $@
 
 # Unit tests run side by side; the others start ranks of their own and want the machine.
-test: env ## Run the tests (all groups, or TESTS=tests/unit)
+test: env ## Run the tests (all groups but slow ones, or TESTS=tests/unit)
 ifdef TESTS
 	$(IN_ENV) python -m pytest $(TESTS) --durations=10
 else
 	$(IN_ENV) python -m pytest tests/unit -n auto --maxprocesses 8 --dist loadfile --durations=10
-	$(IN_ENV) python -m pytest tests/dist tests/e2e --durations=10
+	$(IN_ENV) python -m pytest tests/dist tests/e2e -m 'not slow' --durations=10
 endif
+
+test-all: test ## The slow tests, too
+	$(IN_ENV) python -m pytest tests/dist tests/e2e -m slow --durations=10
 
 quickstart: env ## Prepare, train, switch, export, evaluate on this machine (CORPUS=path: your text)
 	$(IN_ENV) launch/quickstart.sh $(if $(CORPUS),--corpus '$(CORPUS)')

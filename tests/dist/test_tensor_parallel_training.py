@@ -127,6 +127,7 @@ def restore_layout(
                 assert torch.equal(whole.flatten(), state[name].master), name
 
 
+@pytest.mark.slow
 def test_checkpoints_between_layouts(
     world_of: World_of, tmp_path: Path, corpus_prefix: Path
 ) -> None:

@@ -32,6 +32,7 @@ def test_killed_on_one_rank(config_file: Path, finished_run: Path, tmp_path: Pat
     assert {line["step"] for line in events(run_dir, "finished")} == {40}
 
 
+@pytest.mark.slow
 def test_killed_on_two_ranks(config_file: Path, finished_run_2_ranks: Path, tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
     arguments = (f"run.dir={run_dir}", KEEP_ALL, "engine.zero_stage=3", "--resume", "auto")

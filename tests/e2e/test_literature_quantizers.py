@@ -39,6 +39,7 @@ def evaluate(model: Path, out: Path) -> dict[str, object]:
     return figures
 
 
+@pytest.mark.slow
 def test_learned_scales(
     config_file: Path, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
