@@ -15,7 +15,7 @@ from bitscale.report import write_report
 from faulty_sessions import MOMENTS, Fault, Job
 from runs import checkpoint_dirs, differences, environment, events, metrics
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 KILLED = -9
 POISONED = 22  # a batch: that of step 22 (from 0) unless one before it is skipped

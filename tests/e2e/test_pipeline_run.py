@@ -8,7 +8,7 @@ import pytest
 from bitscale.cli.main import main
 from runs import KEEP_ALL, TRANSITION_STEP, checkpoint_dirs, metrics, train
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
 def test_two_stages_train_what_one_process_trains(
