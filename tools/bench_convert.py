@@ -12,16 +12,12 @@ Each result is compared with ours before it is timed.
 
 import argparse
 import importlib
-import importlib.metadata
 import json
 import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +26,8 @@ import torch
 from torch import Tensor
 
 from bitscale.quant import gguf_blocks, pack
+from provenance import provenance
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "gguf", "numpy")
 SCALE = torch.tensor(1.0)
 
@@ -128,23 +124,8 @@ def measure(contenders: Sequence[Contender], repeats: int) -> list[tuple[float, 
     return [(statistics.median(times), min(times)) for times in seconds]
 
 
-def provenance(args: argparse.Namespace) -> dict[str, Any]:
-    """Hardware, versions, commit, command and date."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=False)
-    changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
-    return {
-        "device": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-        "commit": git(["git", "rev-parse", "HEAD"]).stdout.strip() + ("+" if changed else ""),
-        "command": "python " + shlex.join(sys.argv),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+def origin_of(args: argparse.Namespace) -> dict[str, Any]:
+    return provenance(platform.processor() or platform.machine(), PACKAGES) | {
         "shape": args.shape,
         "repeats": args.repeats,
         "state": args.state,
@@ -188,7 +169,7 @@ def main(argv: Sequence[str]) -> None:
         figures |= {"fastest_gb_s": speeds[1], "fastest_of_copy": shares[1]}
         results.append({k: v for k, v in one._asdict().items() if k != "work"} | figures)
     if args.json:
-        content = {"provenance": provenance(args), "results": results}
+        content = {"provenance": origin_of(args), "results": results}
         args.json.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -15,17 +15,13 @@ F outputs.
 
 import argparse
 import importlib
-import importlib.metadata
 import json
 import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,8 +35,8 @@ from bitscale.model.layers import RMSNorm
 from bitscale.quant.kernels import get_kernels
 from bitscale.quant.kernels.linear import ternary_linear
 from bitscale.quant.kernels.table import GradientBits
+from provenance import provenance
 
-ROOT = Path(__file__).parents[1]
 EPS = 1e-5
 NORM_EPS = 1e-6
 CHECKED = 64  # rows or features that are compared with float64
@@ -361,23 +357,8 @@ def breakdown(shape: tuple[int, int, int], one: Contender, args: argparse.Namesp
     return "\n".join([f"| {one.name}, {_name_of(shape)} | ms |", "|---|---|", *rows, ""])
 
 
-def provenance(args: argparse.Namespace) -> dict[str, Any]:
-    """Hardware, versions, commit, command and date."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=False)
-    changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
-    return {
-        "device": _hardware(args.device),
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-        "commit": git(["git", "rev-parse", "HEAD"]).stdout.strip() + ("+" if changed else ""),
-        "command": "python " + shlex.join(sys.argv),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+def origin_of(args: argparse.Namespace) -> dict[str, Any]:
+    return provenance(_hardware(args.device), PACKAGES) | {
         "repeats": args.repeats,
         "dtype": args.dtype,
     }
@@ -473,7 +454,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     args = parse(argv)
     picked = [one for one in contenders() if one.name in args.peers]
-    origin = provenance(args)
+    origin = origin_of(args)
     measured = []
     if args.markdown:
         print("\n".join(f"- {key}: {value}" for key, value in origin.items()), end="\n\n")

@@ -21,6 +21,17 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from bitscale import checkpoint, run
+from bitscale.cli.main import main as bitscale_main
+from bitscale.config import num_kv_heads, parse_config
+from bitscale.mesh import close_mesh, init_mesh, share_model
+from bitscale.model.bitlinear import bit_linears, prepare_weights, set_strength
+from bitscale.model.collectives import shard_of
+from bitscale.model.decoder import Decoder
+from bitscale.model.layers import ranks_of
+from bitscale.model.parallel import ShardedLinear
+from bitscale.quant.schedule import TERNARY
 from compare_zero import (
     BUILTIN,
     CLIP,
@@ -38,17 +49,6 @@ from compare_zero import (
     read_curve,
     train,
 )
-
-from bitscale import checkpoint, run
-from bitscale.cli.main import main as bitscale_main
-from bitscale.config import num_kv_heads, parse_config
-from bitscale.mesh import close_mesh, init_mesh, share_model
-from bitscale.model.bitlinear import bit_linears, prepare_weights, set_strength
-from bitscale.model.collectives import shard_of
-from bitscale.model.decoder import Decoder
-from bitscale.model.layers import ranks_of
-from bitscale.model.parallel import ShardedLinear
-from bitscale.quant.schedule import TERNARY
 
 # bf16: what the yardstick differs by, one process with other micro-batches.
 TOLERANCES = {"fp32": (1e-5, 1e-4, 1e-3), "bf16": (4e-3, 2e-3, 8e-3)}

@@ -21,7 +21,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "dist"))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from compare_zero import commit
 from resume_runs import (
     SAVED_STEPS,
     Difference,
@@ -34,6 +33,7 @@ from resume_runs import (
 
 from bitscale import run
 from bitscale.recorder import format_duration
+from compare_zero import commit
 from tiny_runs import TERNARY_STEP, TRANSITION_STEP
 from world import World
 

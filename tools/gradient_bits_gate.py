@@ -18,11 +18,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from compare_zero import commit, is_finished, prepare
 from tqdm import tqdm
 
 from bitscale import run
 from bitscale.recorder import METRICS_NAME, read_lines
+from compare_zero import commit, is_finished, prepare
 
 WIDTHS = ("null", "24", "16", "8")
 GATE_NATS = 0.01
