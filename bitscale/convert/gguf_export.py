@@ -36,8 +36,8 @@ from bitscale.convert.gguf_layout import (
 from bitscale.convert.gguf_tokenizer import Vocabulary, add_vocabulary, read_vocabulary
 from bitscale.convert.model_source import ModelSource, refuse_unless_ternary
 from bitscale.convert.packed import refuse_unpackable
-from bitscale.convert.progress import Progress
 from bitscale.convert.staging import new_path, refuse_existing
+from bitscale.data.progress import ByteProgress
 from bitscale.errors import CheckpointError
 from bitscale.model.bitlinear import is_scale
 from bitscale.quant.gguf_blocks import BLOCK, I2_S_LINE, pack_blocks, pack_i2_s
@@ -176,7 +176,7 @@ def _write(plan: Plan, path: Path, content: dict[str, Any], vocabulary: Vocabula
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     try:
-        with Progress(path.name, sum(tensor.num_bytes for tensor in stored)) as progress:
+        with ByteProgress(path.name, sum(tensor.num_bytes for tensor in stored)) as progress:
             for array in _arrays(plan, names):
                 writer.write_tensor_data(array)
                 progress.add(array.nbytes)

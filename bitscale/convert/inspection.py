@@ -27,7 +27,7 @@ from bitscale.convert.gguf_file import GgufFile, GgufTensor, is_gguf, open_gguf
 from bitscale.convert.gguf_source import certificate_of, codes_and_scale
 from bitscale.convert.model_source import ModelSource, checkpoint_source
 from bitscale.convert.packed import is_packed, packed_source
-from bitscale.convert.progress import Progress
+from bitscale.data.progress import ByteProgress
 from bitscale.errors import CheckpointError
 from bitscale.quant.pack import unpack_2bit
 from bitscale.quant.reference import Ternary
@@ -135,7 +135,7 @@ def _open(path: Path) -> _Opened:
 
 
 def _with_values(path: Path, listed: _Listed) -> Iterator[TensorFacts]:
-    with Progress(f"reading {path.name}", sum(f.num_bytes for f in listed.facts)) as progress:
+    with ByteProgress(f"reading {path.name}", sum(f.num_bytes for f in listed.facts)) as progress:
         for facts, read in zip(listed.facts, listed.readers, strict=True):
             yield facts._replace(**values_of(read()))
             progress.add(facts.num_bytes)

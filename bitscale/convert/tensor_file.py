@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitscale.convert.progress import Progress
+from bitscale.data.progress import ByteProgress
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers
@@ -42,7 +42,7 @@ def write_tensors(
     path: Path,
     specs: Iterable[TensorSpec],
     tensors: Iterator[tuple[str, Tensor]],
-    progress: Progress,
+    progress: ByteProgress,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write `path` with `tensors`, which come in the order of `specs` and fit them."""
@@ -82,7 +82,7 @@ def write_sharded(
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
-    with Progress(directory.name, total) as progress:
+    with ByteProgress(directory.name, total) as progress:
         for name, shard in zip(names, shards, strict=True):
             write_tensors(directory / name, shard, tensors, progress)
     if len(shards) > 1:

@@ -27,10 +27,10 @@ from bitscale.config import (
 from bitscale.convert.latents import latents_of_codes
 from bitscale.convert.loaded import DTYPES
 from bitscale.convert.model_source import ModelSource
-from bitscale.convert.progress import Progress
 from bitscale.convert.staging import new_directory, refuse_existing
 from bitscale.convert.tensor_file import TensorSpec, write_tensors
 from bitscale.data.corpus import file_sha256
+from bitscale.data.progress import ByteProgress
 from bitscale.engine.fragments import MOMENTS
 from bitscale.errors import CheckpointError
 
@@ -89,7 +89,7 @@ def write_state(
         for name, shape in meta.shapes.items():
             flat = (prod(shape),)
             specs += [TensorSpec(f"{name}|{kind}|0", torch.float32, flat) for kind in _KINDS]
-        with Progress(out.name, sum(spec.num_bytes for spec in specs)) as progress:
+        with ByteProgress(out.name, sum(spec.num_bytes for spec in specs)) as progress:
             write_tensors(state, specs, _tensors(values), progress)
         if tokenizer_file is not None:
             _copy_tokenizer(tokenizer_file, staging)

@@ -47,7 +47,7 @@ from bitscale.data.parts import (
     tokenize_parts,
     wanted_splits,
 )
-from bitscale.data.progress import Progress, say
+from bitscale.data.progress import TokenProgress, say
 from bitscale.data.shards import ShardWriter
 from bitscale.data.sources import Inputs, SourceOptions, find_inputs
 from bitscale.data.tokenizer import ModelType, Tokenizer, load_tokenizer, train_tokenizer
@@ -345,10 +345,10 @@ def _tokenize(
     num_workers = options.workers or len(os.sched_getaffinity(0))
     num_bytes = sum(part.num_bytes for part in parts)
     done_bytes = num_bytes - sum(part.num_bytes for part in missing)
-    with Progress(num_bytes, done_bytes) as progress:
+    with TokenProgress(num_bytes, done_bytes) as progress:
         for part, part_counts in tokenize_parts(missing, settings, num_workers):
             counts[part.index] = part_counts
-            progress.add(part.num_bytes, part_counts.num_tokens)
+            progress.add_tokens(part.num_bytes, part_counts.num_tokens)
     return counts
 
 

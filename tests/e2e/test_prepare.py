@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import signal
 import struct
 import subprocess
@@ -20,10 +19,9 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from bitscale.data import progress, python_docs
+from bitscale.data import python_docs
 from bitscale.data.corpus import file_sha256
 from bitscale.data.prepare import load_corpus
-from bitscale.data.progress import Progress
 from bitscale.data.tokenizer import load_tokenizer, train_tokenizer
 from bitscale.errors import DataError
 
@@ -554,25 +552,6 @@ def test_progress_on_a_terminal(folder: Path) -> None:
     os.close(master)
     assert process.wait(timeout=60) == 0
     assert b"tokenizing:" in output and b"tokens/s" in output and b"100%" in output
-
-
-def test_progress_elsewhere_is_a_line_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with Progress(num_bytes=4_000_000, done_bytes=1_000_000) as bar:
-        bar.add(1_000_000, 300_000)
-    assert capsys.readouterr().err == ""  # nothing within ten seconds
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-    with Progress(num_bytes=4_000_000, done_bytes=1_000_000) as bar:
-        time.sleep(0.1)
-        bar.add(1_000_000, 300_000)
-    line = capsys.readouterr().err
-    assert re.fullmatch(
-        r"tokenizing: 2 of 4 MB, \d+\.\d MB/s, [\d,]+ tokens/s, \d+ s left\n", line
-    ), line
-    with Progress(num_bytes=0, done_bytes=0) as bar:
-        bar.add(0, 300_000)
-    assert re.fullmatch(r"tokenizing: 300000 tokens, [\d,]+ tokens/s\n", capsys.readouterr().err)
 
 
 def test_wrong_shares_are_a_usage_error(folder: Path) -> None:
