@@ -201,7 +201,8 @@ class HeartbeatWriter:
             self.write()
 
     def _heartbeat(self) -> dict[str, object]:
-        progress, place = self._progress, self._place()
+        progress = self._progress
+        place = Place(None, "") if progress.phase in ENDED else self._place()
         return self._about | {
             "time": time.time(),
             "step": progress.step,

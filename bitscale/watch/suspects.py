@@ -28,9 +28,10 @@ def find_suspect(
     itself, with the oldest progress.
     """
     if own_place is not None:
-        newer = {"waiting_for": own_place.waiting_for, "place": own_place.line}
+        waiting_for, line = own_place
         heartbeats = [
-            replace(beat, **newer) if beat.rank == own_rank else beat for beat in heartbeats
+            replace(beat, waiting_for=waiting_for, place=line) if beat.rank == own_rank else beat
+            for beat in heartbeats
         ]
     others = [beat for beat in heartbeats if beat.rank != own_rank]
     if not others:
@@ -84,9 +85,8 @@ def _death(beat: Heartbeat, now: float) -> str:
     """Why the rank counts as dead; "" if it does not."""
     if beat.phase in ("done", "failed"):
         return ""
-    last = (
-        f"(last heartbeat {format_duration(beat.age_seconds(now))} ago, {describe_progress(beat)})"
-    )
+    age = format_duration(beat.age_seconds(now))
+    last = f"(last heartbeat {age} ago, {describe_progress(beat)})"
     if beat.is_local() and beat.process() is None:
         return f"is gone: there is no process {beat.pid} any more {last}"
     if not beat.is_fresh(now):
