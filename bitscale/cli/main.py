@@ -22,6 +22,8 @@ from bitscale.cli import (
     prepare,
     probe,
     report,
+    runs,
+    status,
     train,
     verify,
 )
@@ -53,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         inspect,
         verify,
         report,
+        status,
+        runs,
         config,
     ):
         command.add_parser(subparsers)
