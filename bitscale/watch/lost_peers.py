@@ -23,7 +23,7 @@ _SIGNATURES = re.compile(
 )
 
 
-def is_lost_peer(error: BaseException) -> bool:
+def is_lost_peer(error: BaseException | None) -> bool:
     """Whether torch.distributed failed because of another rank, or of the way to it."""
     return isinstance(error, RuntimeError) and _SIGNATURES.search(str(error)) is not None
 

@@ -65,7 +65,7 @@ def sabotage(case: Case) -> Callable[[int], None]:
         def reading(self: Batches, index: int) -> Any:
             if case.first <= index <= case.last:
                 case.act()
-            return read(self, index)
+            yield from read(self, index)
 
         Batches.micro_batches = reading  # type: ignore[method-assign]
 
