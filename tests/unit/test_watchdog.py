@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bitscale.heartbeat import read_heartbeats, stack_path
+from bitscale.status import write_stacks
 
 pytestmark = pytest.mark.unit
 
@@ -60,15 +61,15 @@ def test_a_hang_ends_with_stacks_a_line_and_code_3(tmp_path: Path) -> None:
 def test_progress_and_long_phases_are_no_hang(tmp_path: Path) -> None:
     """Steps of less than the bound, however many; a save may take four times as long."""
     body = """\
-for step in range(8):
+for step in range(6):
     beats.mark("step", step)
-    time.sleep(0.5)
-beats.mark("save", 8)
-time.sleep(3)
+    time.sleep(0.25)
+beats.mark("save", 6)
+time.sleep(2)
 watchdog.stop()
 beats.end()
 """
-    process = start(tmp_path, 2.0, body)
+    process = start(tmp_path, 1.0, body)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (0, "")
     assert read_heartbeats(tmp_path / "run")[0].phase == "done"
@@ -76,14 +77,14 @@ beats.end()
 
 def test_a_stopped_process_has_not_hung(tmp_path: Path) -> None:
     """SIGSTOP for longer than the bound, as a job system suspends a job; then it goes on."""
-    body = "beats.mark('step', 1)\ntime.sleep(1.5)\nwatchdog.stop()\nbeats.end()\n"
-    process = start(tmp_path, 3.0, body)
+    body = "beats.mark('step', 1)\ntime.sleep(0.5)\nwatchdog.stop()\nbeats.end()\n"
+    process = start(tmp_path, 1.0, body)
     deadline = time.monotonic() + 60
     while not [b for b in read_heartbeats(tmp_path / "run") if b.step == 1]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGSTOP)
-    time.sleep(4)
+    time.sleep(2)
     process.send_signal(signal.SIGCONT)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (0, "")
@@ -97,13 +98,14 @@ def test_a_signal_writes_the_stacks_of_a_living_rank(tmp_path: Path) -> None:
     while not [b for b in read_heartbeats(tmp_path / "run") if "in hang" in b.place]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGUSR2)
-    while "in hang" not in stacks.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    (text,) = write_stacks(tmp_path / "run")
+    assert text.startswith(f"rank 0 on {os.uname().nodename}, process {process.pid} ({stacks}):\n")
+    assert 'rank.py", line 8 in hang' in text
+    assert text.splitlines()[-1] in stacks.read_text()
     assert process.poll() is None
     process.kill()
     process.wait()
+    assert write_stacks(tmp_path / "run") == [f"rank 0: process {process.pid} is gone"]
     assert process.stderr is not None
     process.stderr.close()
 
