@@ -135,6 +135,11 @@ def test_what_torch_says_of_other_ranks_is_known(text: str) -> None:
 def test_other_errors_stay_what_they_are() -> None:
     for text in ("shape mismatch", "CUDA out of memory", "operation timed out of range"):
         assert not is_lost_peer(RuntimeError(text))
+    for text in (
+        "[enforce fail at /gloo/transport/tcp/device.cc:84] Unable to find address for: eth9",
+        "The server socket has failed to listen on any local network address. port: 29500",
+    ):  # this rank's own
+        assert not is_lost_peer(RuntimeError(text))
 
 
 def test_one_line_names_collective_step_and_rank(tmp_path: Path) -> None:
