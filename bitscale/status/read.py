@@ -151,8 +151,8 @@ def _rank_state(beat: Heartbeat, now: float) -> RankState:
         return "done"
     if beat.phase == "failed":
         return "failed"
-    if beat.is_local() and beat.process() is None:
-        return "gone"
+    if beat.is_local():  # where a late heartbeat is only a busy machine's, or a full disk's
+        return "gone" if beat.process() is None else "alive"
     return "alive" if beat.is_fresh(now) else "silent"
 
 
