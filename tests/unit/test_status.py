@@ -160,6 +160,14 @@ def test_a_failure_names_its_cause_and_not_the_victims(tmp_path: Path) -> None:
     assert state(tmp_path) == ("failed", f"rank 1 on {socket.gethostname()}: hung at step 10")
 
 
+def test_a_session_that_died_after_an_orderly_stop_was_killed(tmp_path: Path) -> None:
+    """It had not come so far as to record its resumption."""
+    record(tmp_path, end="preempted")
+    later = time.time() + 30
+    beats(tmp_path, phase="start", started=later, time=later + 5)
+    assert state(tmp_path)[0] == "killed"
+
+
 def test_a_finished_run_that_is_begun_again_is_running(tmp_path: Path) -> None:
     beats(record(tmp_path, end="finished"), phase="start")
     assert state(tmp_path) == ("running", "start")
