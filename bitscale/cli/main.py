@@ -21,6 +21,7 @@ from bitscale.cli import (
     prepare,
     probe,
     report,
+    supervise,
     train,
     verify,
 )
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare,
         plan,
         train,
+        supervise,
         evaluate,
         probe,
         export,

@@ -3,10 +3,11 @@
     python -m bitscale.supervisor.agent SILENCE_SECONDS
 
 It reads one JSON object a line from stdin and writes one a line to stdout (`link.py` is the other
-end), and imports the standard library only. No rank outlives it, and none is ever looked for by name:
+end), and imports the standard library only. No rank outlives it, and none is looked for by name:
 
-- ranks are its children, and a process whose parent dies becomes its child (PR_SET_CHILD_SUBREAPER):
-  the tree below it is all there is to end, and a PID in it cannot be anybody else's;
+- ranks are its children, and a process whose parent dies becomes its child
+  (PR_SET_CHILD_SUBREAPER): the tree below it is all there is to end, and a PID in it cannot be
+  anybody else's;
 - the kernel kills the ranks if it is killed (PR_SET_PDEATHSIG);
 - if the supervisor's end is closed, or says nothing for SILENCE_SECONDS (a cable that is out), it
   ends the ranks by itself: after that time another set of ranks may take over the run's directory.

@@ -32,7 +32,9 @@ def read_hostfile(path: Path) -> list[Host]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--hostfile {path}: {error}; give a file of NAME slots=N lines") from None
+        raise ConfigError(
+            f"--hostfile {path}: {error}; give a file of NAME slots=N lines"
+        ) from None
     hosts: list[Host] = []
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
@@ -85,8 +87,10 @@ def sent_environment(environment: Mapping[str, str] | None = None) -> dict[str, 
     }
 
 
-def rank_variables(hosts: Sequence[Host], address: str, port: int) -> dict[str, list[dict[str, str]]]:
-    """By host, what each of its ranks finds in its environment: its number and the meeting point."""
+def rank_variables(
+    hosts: Sequence[Host], address: str, port: int
+) -> dict[str, list[dict[str, str]]]:
+    """By host, what each of its ranks finds in its environment: its number, the meeting point."""
     world_size = sum(host.slots for host in hosts)
     variables: dict[str, list[dict[str, str]]] = {}
     first = 0

@@ -3,10 +3,11 @@
     with make_hosts(2, folder) as hosts:
         hosts.start("head", ["ssh", "node1", "hostname"], log)
 
-A host is a process with its own network, PID, mount and host-name namespace, so that what runs on it
-sees its own processes, addresses and /etc/hosts. Keys, sshd's and ssh's configuration live in
+A host is a process with its own network, PID, mount and host-name namespace, so that what runs on
+it sees its own processes, addresses and /etc/hosts. Keys, sshd's and ssh's configuration live in
 `folder` and are mounted over the machine's inside those namespaces only. The bridge has a namespace
-of its own. All of it goes when the first processes do, and those go with the process that made them.
+of its own. All of it goes when the first processes do, and those when the process that made them
+does.
 """
 
 import ctypes
@@ -27,6 +28,13 @@ _START_SECONDS = 20.0
 _PR_SET_PDEATHSIG = 1
 _TOOLS = ("ip", "unshare", "nsenter", "sshd", "ssh", "ssh-keygen", "pdsh")
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
+
+# --kill-child: the first process dies with `unshare`, and all others with that.
+_ISOLATE = [
+    "unshare",
+    *("--net", "--mount", "--uts", "--pid"),
+    *("--mount-proc", "--fork", "--kill-child"),
+]
 
 # The first process of a host: what it mounts is seen by nobody else. bash also reaps orphans.
 _BOOT = """\
@@ -122,7 +130,7 @@ def why_not() -> str:
         return f"not installed: {', '.join(missing)} (iproute2, util-linux, openssh-server, pdsh)"
     probe = "ip link add port0 type veth peer name port1 && ip link add bridge0 type bridge"
     made = subprocess.run(
-        ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "sh", "-c", probe],
+        [*_ISOLATE, "sh", "-c", probe],
         capture_output=True,
         text=True,
         env=_environment(),
@@ -144,9 +152,7 @@ def make_hosts(num_nodes: int, folder: Path) -> Iterator[Hosts]:
         _run([*in_switch, "ip", "link", "set", "bridge", "up"])
         first: dict[str, int] = {}
         for index, name in enumerate(names):
-            # --kill-child: the first process dies with `unshare`, and all others with that.
-            isolate = "unshare --net --mount --uts --pid --mount-proc --fork --kill-child".split()
-            boot = [*isolate, "bash", "-c", _BOOT, "boot", str(folder), name]
+            boot = [*_ISOLATE, "bash", "-c", _BOOT, "boot", str(folder), name]
             holder = _first_process(stack, boot)
             first[name] = _only_child(holder.pid)
             _plug_in(in_switch, first[name], index)
@@ -204,10 +210,8 @@ def _only_child(pid: int) -> int:
 
 def _plug_in(in_switch: list[str], first: int, index: int) -> None:
     port = f"port{index}"
-    _run(
-        [*in_switch, "ip", "link", "add", port, "type", "veth"]
-        + ["peer", "name", "eth0", "netns", str(first)]
-    )
+    pair = ["type", "veth", "peer", "name", "eth0", "netns", str(first)]
+    _run([*in_switch, "ip", "link", "add", port, *pair])
     _run([*in_switch, "ip", "link", "set", port, "master", "bridge", "up"])
     inside = _enter(first, "--net")
     _run([*inside, "ip", "address", "add", f"{_address(index)}/24", "dev", "eth0"])
