@@ -12,8 +12,7 @@ examples:
 HOSTFILE has a line `NAME slots=RANKS` for each host, as for `deepspeed --hostfile`; ssh has to
 reach each by that name without a password, and repository, Python and run directory have the same
 path everywhere. When a rank or a host dies, stalls or falls silent, all ranks are stopped, and
-training
-continues from the last checkpoint on the hosts that answer (with fewer of them each rank
+training continues from the last checkpoint on the hosts that answer (with fewer of them each rank
 accumulates more micro-batches). RUN/supervisor.jsonl has one line for each of these events.
 
 exit codes: 0 done; 1 given up; 2 bad input, or a rank said so; 75 stopped by SIGTERM or Ctrl-C
