@@ -23,6 +23,8 @@ RANKS_DIR = "ranks"
 ATTEMPT_VARIABLE = "BITSCALE_ATTEMPT"
 
 Phase = Literal["start", "step", "evaluate", "save", "done", "failed"]
+# Of a rank that failed: by an error of its own, by its watchdog, or because others were lost.
+Failure = Literal["", "error", "hang", "peer"]
 ENDED: tuple[Phase, ...] = ("done", "failed")
 _MISSED_BEATS = 3  # before a heartbeat counts as old
 _GRACE_SECONDS = 2.0  # of a machine too busy to write in time
@@ -47,14 +49,19 @@ class Heartbeat:
     interval_seconds: float = 5.0  # between two writings
     waiting_for: str | None = None  # the collective that the training thread is in
     place: str = ""  # the line of code that it is at
+    failure: Failure = ""  # why the phase is "failed"
 
     def age_seconds(self, now: float) -> float:
         """Since it was written; 0 if the other host's clock is ahead of ours."""
         return max(0.0, now - self.time)
 
+    @property
+    def seconds_until_old(self) -> float:
+        return _MISSED_BEATS * self.interval_seconds + _GRACE_SECONDS
+
     def is_fresh(self, now: float) -> bool:
         """Whether the rank has written lately, as a living one does."""
-        return self.age_seconds(now) <= _MISSED_BEATS * self.interval_seconds + _GRACE_SECONDS
+        return self.age_seconds(now) <= self.seconds_until_old
 
     def seems_alive(self, now: float) -> bool:
         """By the process, on this host; by its writing, on another."""
@@ -129,6 +136,7 @@ class HeartbeatWriter:
         self._interval_seconds = interval_seconds
         self._place = place
         self._progress = Progress.now("start", 0)
+        self._failure: Failure = ""
         self._owned = rank == 0
         self._complained = False
         self._stop = threading.Event()
@@ -156,9 +164,12 @@ class HeartbeatWriter:
         """The training thread has come to `phase` of `step` (cheap: nothing is written yet)."""
         self._progress = Progress.now(phase, step)
 
-    def end(self, phase: Literal["done", "failed"]) -> None:
-        """Write the last heartbeat and stop."""
-        self.mark(phase, self._progress.step)
+    def end(self, failure: Failure = "") -> None:
+        """Write the last heartbeat and stop (once); without a failure the rank is done."""
+        if self._stop.is_set():
+            return
+        self._failure = failure
+        self.mark("failed" if failure else "done", self._progress.step)
         self._stop.set()
         if self._interval_seconds > 0:
             self.write()
@@ -190,7 +201,8 @@ class HeartbeatWriter:
             self.write()
 
     def _heartbeat(self) -> dict[str, object]:
-        progress, place = self._progress, self._place()
+        progress = self._progress
+        place = Place(None, "") if progress.phase in ENDED else self._place()
         return self._about | {
             "time": time.time(),
             "step": progress.step,
@@ -198,6 +210,7 @@ class HeartbeatWriter:
             "phase_since": progress.since,
             "waiting_for": place.waiting_for,
             "place": place.line,
+            "failure": self._failure,
         }
 
     def _is_anothers(self) -> bool:
@@ -218,6 +231,11 @@ def attempt_from_environment() -> int:
 
 def heartbeat_path(run_dir: Path, rank: int) -> Path:
     return run_dir / RANKS_DIR / f"rank-{rank:05d}.json"
+
+
+def stack_path(run_dir: Path, rank: int) -> Path:
+    """Where the rank's stacks go: when it hangs, and at SIGUSR2."""
+    return run_dir / RANKS_DIR / f"rank-{rank:05d}.stack.txt"
 
 
 def read_heartbeats(run_dir: Path) -> list[Heartbeat]:

@@ -44,6 +44,10 @@ class SpeedRecord(NamedTuple):
     peak_gib: float
     eta_seconds: float
     epochs: Mapping[str, float]
+    # Own work, without waiting (watch/stragglers.py): who needs longest, and the others' median.
+    slowest_rank: int = 0
+    slowest_own_seconds: float = 0.0
+    others_own_seconds: float = 0.0
 
 
 class ValidRecord(NamedTuple):
@@ -163,7 +167,7 @@ class Recorder:
     def event(self, step: int, tokens: int, event: str, **details: object) -> None:
         """Record a point in the run's life, with the wall clock in `unix_seconds`.
 
-        `event` is one of start, resume, transition, checkpoint, rollback, preempted, finished;
+        `event` is start, resume, transition, checkpoint, rollback, straggler, preempted, finished;
         `details` must be JSON values (the start event should carry `config_hash`).
         """
         if not self._enabled:

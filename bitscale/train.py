@@ -26,7 +26,7 @@ from bitscale.config import (
     to_tree,
     transition_step,
 )
-from bitscale.data.batches import Batches
+from bitscale.data.batches import Batches, EvaluationBatch
 from bitscale.data.corpus import PreparedCorpus
 from bitscale.engine import TrainEngine, make_engine
 from bitscale.errors import CheckpointError, TrainingFault
@@ -35,7 +35,9 @@ from bitscale.mesh import (
     Mesh,
     close_mesh,
     init_mesh,
+    local_rank_from_environment,
     rank_from_environment,
+    set_timeout,
     share_model,
     under_launcher,
     world_size_from_environment,
@@ -51,6 +53,7 @@ from bitscale.recorder import Recorder, ValidRecord, format_count, format_durati
 from bitscale.sources import StateSource, open_state
 from bitscale.telemetry import TernaryTelemetry
 from bitscale.transition import begin_transition
+from bitscale.watch import RankWatch, watch_rank
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class _Session:
     telemetry: TernaryTelemetry | None
     identity: dict[str, str]
     amendments: Amendments  # what the guard has changed so far
+    rank_watch: RankWatch
 
     def say(self, text: str) -> None:
         if self.mesh.is_main:
@@ -94,12 +98,22 @@ def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[st
     check_world_size(cfg, world_size_from_environment())
     corpora = run.load_corpora(cfg)
     cfg = run.resolve_vocab(cfg, corpora[0].vocab_size)
-    with run_lock.hold(Path(cfg.run.dir), enabled=rank_from_environment() == 0):
-        return _train(cfg, corpora, resume, allow_change)
+    rank, world_size = rank_from_environment(), world_size_from_environment()
+    with (
+        run_lock.hold(Path(cfg.run.dir), enabled=rank == 0),
+        watch_rank(
+            cfg, rank=rank, local_rank=local_rank_from_environment(), world_size=world_size
+        ) as rank_watch,
+    ):
+        return _train(cfg, corpora, resume, allow_change, rank_watch)
 
 
 def _train(
-    cfg: Config, corpora: list[PreparedCorpus], resume: str | None, allow_change: Collection[str]
+    cfg: Config,
+    corpora: list[PreparedCorpus],
+    resume: str | None,
+    allow_change: Collection[str],
+    rank_watch: RankWatch,
 ) -> Outcome:
     identity = run.identity(cfg, corpora)
     resume_from = run.find_resume(cfg, resume)
@@ -114,11 +128,13 @@ def _train(
     if reader is not None:
         comparison = run.compare(cfg, identity, reader, allow_change)
 
-    mesh = init_mesh(cfg.engine.device, cfg.engine.num_threads)
+    timeout_seconds = cfg.watch.collective_timeout_seconds
+    mesh = init_mesh(cfg.engine.device, cfg.engine.num_threads, timeout_seconds)
+    rank_watch.joined()
     mesh = share_model(mesh, cfg.parallel.tp, num_kv_heads(cfg), cfg.parallel.pp)
     try:
         run.check_same_checkpoint(mesh, resume_from)
-        session = _set_up(cfg, mesh, corpora, identity, reader, amendments)
+        session = _set_up(cfg, mesh, corpora, identity, reader, amendments, rank_watch)
         _announce(session, reader, comparison)
         start = 0 if reader is None else reader.meta.step
         with StopRequest(repeats_kill=not under_launcher()) as stop_request:
@@ -148,6 +164,7 @@ def _loop(session: _Session, start: int, stop_request: StopRequest) -> Outcome:
     monitor = Monitor(cfg, mesh, session.batches, session.recorder, session.amendments)
     valid = None
     for step in range(start, last):
+        session.rank_watch.mark("step", step)
         strength = quant_strength(step, cfg, session.amendments)
         if step == first_ternary_step:
             begin_transition(engine, mesh, cfg.transition.optimizer_state)
@@ -193,6 +210,7 @@ def _set_up(
     identity: dict[str, str],
     reader: StateSource | None,
     amendments: Amendments,
+    rank_watch: RankWatch,
 ) -> _Session:
     batches = Batches(
         [
@@ -211,6 +229,7 @@ def _set_up(
     model = make_model(cfg, mesh)
     telemetry = TernaryTelemetry(model) if cfg.log.telemetry_every else None
     engine = make_engine(cfg, model, mesh)
+    set_timeout(cfg.watch.collective_timeout_seconds)  # in DeepSpeed's groups too
     if reader is not None:
         restore(engine, mesh, reader)
     if mesh.is_main:
@@ -237,7 +256,17 @@ def _set_up(
     if amendments and recorder.num_rollbacks() == len(amendments) - 1:
         guard.record(cfg, recorder, amendments[-1])  # killed just before that
     return _Session(
-        cfg, mesh, corpora, engine, batches, recorder, saver, telemetry, identity, amendments
+        cfg=cfg,
+        mesh=mesh,
+        corpora=corpora,
+        engine=engine,
+        batches=batches,
+        recorder=recorder,
+        saver=saver,
+        telemetry=telemetry,
+        identity=identity,
+        amendments=amendments,
+        rank_watch=rank_watch,
     )
 
 
@@ -280,6 +309,7 @@ def _go_back(session: _Session, fault: guard.Fault) -> tuple[_Session, int]:
     of that checkpoint (a collective)."""
     cfg, mesh, engine = session.cfg, session.mesh, session.engine
     session.say(f"{fault.reason}; going back")
+    session.rank_watch.mark("start", fault.step)
     amendment, path = guard.go_back(cfg, mesh, session.recorder, fault, session.amendments)
     restore(engine, mesh, _open_everywhere(path, mesh))
     if session.telemetry is not None:
@@ -383,8 +413,13 @@ def _evaluate(session: _Session, done: int) -> EvalResult | None:
         return None
     passes = cfg.train.global_batch_size // (cfg.train.micro_batch_size * mesh.dp_size)
     begin = time.perf_counter()
+
+    def token_losses(batch: EvaluationBatch) -> torch.Tensor:
+        session.rank_watch.mark("evaluate", done)  # each batch is progress
+        return session.engine.token_losses(batch)
+
     result = evaluate(
-        session.engine.token_losses,
+        token_losses,
         session.corpora,
         mesh,
         split="valid",
@@ -418,6 +453,7 @@ def _read_telemetry(session: _Session, done: int) -> None:
 def _save(session: _Session, done: int, strength: Strength, *, wait: bool) -> None:
     """Save after `done` steps; unless `wait`, training goes on before the files are written."""
     cfg, mesh, engine = session.cfg, session.mesh, session.engine
+    session.rank_watch.mark("save", done)
     _record(session, session.saver.finish())
     session.recorder.flush()
     meta = checkpoint.Meta(

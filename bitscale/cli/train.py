@@ -13,7 +13,8 @@ examples:
   torchrun --nproc-per-node 2 -m bitscale.cli.main train configs/quickstart.yaml
   deepspeed --num_gpus 2 --module bitscale.cli.main train configs/quickstart.yaml
 
-exit codes: 0 done; 1 failure; 2 bad input; 75 stopped by SIGTERM or Ctrl-C after saving
+exit codes: 0 done; 1 failure; 2 bad input; 3 a rank made no progress for watch.hang_seconds;
+4 another rank was lost, or late; 75 stopped by SIGTERM or Ctrl-C after saving
 """
 
 

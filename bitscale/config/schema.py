@@ -304,6 +304,22 @@ class LogConfig(Section):
     tensorboard: bool = True  # event files under run.dir, beside metrics.jsonl
 
 
+class WatchConfig(Section):
+    """How a run is watched, and when it gives up waiting (docs/watching.md)."""
+
+    heartbeat_seconds: NonNegativeFloat = 5.0  # between two writings of a rank; 0: off
+    # without progress (four times that at start-up and in a save), until a rank says where it hangs
+    # and ends with exit code 3; 0: off
+    hang_seconds: NonNegativeFloat = 1800.0
+    # that a rank waits for the others in one collective; longer than hang_seconds, or the stacks
+    # are not written
+    collective_timeout_seconds: PositiveFloat = 2400.0
+    # own time of the slowest rank over the median of the others, from which it is named; null: off
+    straggler_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 1.2
+    metrics_port: Annotated[int, Field(gt=0, lt=65536)] | None = None  # Prometheus; null: off
+    metrics_host: str = "127.0.0.1"  # address that it is bound to; 0.0.0.0: every network
+
+
 class RunConfig(Section):
     dir: str  # metrics, checkpoints, resolved configuration
 
@@ -322,3 +338,4 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()  # on which machinery
     checkpoint: CheckpointConfig = CheckpointConfig()  # how often it is saved
     log: LogConfig = LogConfig()  # how often it reports
+    watch: WatchConfig = WatchConfig()  # how it is watched

@@ -65,8 +65,9 @@ def test_a_thread_writes_on_while_the_training_hangs(tmp_path: Path) -> None:
     while not (found := read_heartbeats(tmp_path)) or found[0].step != 3:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    beats.end("failed")
-    assert read_heartbeats(tmp_path)[0].phase == "failed"
+    beats.end("hang")
+    (last,) = read_heartbeats(tmp_path)
+    assert (last.phase, last.failure, last.step) == ("failed", "hang", 3)
     assert list(tmp_path.glob("ranks/.*")) == []
 
 
@@ -148,7 +149,7 @@ def test_turned_off_it_leaves_no_old_heartbeat_behind(tmp_path: Path) -> None:
     writer(tmp_path).write()
     beats = writer(tmp_path, interval_seconds=0)
     beats.start()
-    beats.end("done")
+    beats.end()
     assert read_heartbeats(tmp_path) == []
 
 
