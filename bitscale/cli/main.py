@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from bitscale import __version__
 from bitscale.cli import (
     config,
+    doctor,
     evaluate,
     export,
     import_model,
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         verify,
         report,
         config,
+        doctor,
     ):
         command.add_parser(subparsers)
     args, rest = parser.parse_known_args(argv)
