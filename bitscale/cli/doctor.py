@@ -120,8 +120,8 @@ def _cluster(args: argparse.Namespace) -> tuple[Examination, int]:
     from bitscale.config import load_config
     from bitscale.doctor.cluster import Request, examine_cluster
     from bitscale.doctor.gpus import examine_gpus
-    from bitscale.doctor.hosts import Host, read_hostfile
     from bitscale.environment import exported
+    from bitscale.hostfile import Host, read_hostfile
 
     cfg = None if args.config is None else load_config(args.config, args.overrides)
     if args.hostfile is not None:

@@ -16,9 +16,10 @@ from bitscale.doctor.compare import (
     find_meeting,
     unanswered,
 )
-from bitscale.doctor.hosts import Connection, Host, HostFailure, agent_command, on_each
+from bitscale.doctor.hosts import Connection, HostFailure, agent_command, on_each
 from bitscale.doctor.network import measure
 from bitscale.errors import ConfigError, DataError
+from bitscale.hostfile import Host
 from bitscale.plan import Cluster, checkpoint_bytes, find_gpu, make_layout
 
 _EXAMINE_SECONDS = 180.0  # importing torch from a cold network disk takes long

@@ -1,10 +1,9 @@
-"""The hosts of a hostfile, and a conversation with the doctor's agent on each."""
+"""A conversation with the doctor's agent on each host, over ssh."""
 
 from __future__ import annotations
 
 import json
 import queue
-import re
 import shlex
 import subprocess
 import sys
@@ -13,54 +12,19 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from bitscale.doctor.agent import MARK
-from bitscale.errors import ConfigError
+from bitscale.hostfile import Host
 
 T = TypeVar("T")
-_LINE = re.compile(r"(?P<name>[A-Za-z0-9_.:@-]+)(\s+slots=(?P<slots>\d+))?")
 _MAX_AT_ONCE = 256
 _CONNECT_SECONDS = 10
 
 
-@dataclass(frozen=True)
-class Host:
-    name: str
-    slots: int  # ranks
-
-
 class HostFailure(Exception):
     """A host does not answer, or answers that it cannot."""
-
-
-def read_hostfile(path: Path) -> list[Host]:
-    """Lines `NAME slots=N`, `#` begins a comment, as DeepSpeed reads them.
-
-    Raises ConfigError, naming the line, for anything else: a name is part of a command line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--hostfile {path}: cannot be read ({error})") from error
-    hosts: list[Host] = []
-    for number, line in enumerate(lines, start=1):
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        match = _LINE.fullmatch(text)
-        if match is None or match["name"].startswith("-") or match["slots"] == "0":
-            raise ConfigError(
-                f"{path}:{number}: {text[:60]!r} is not 'NAME slots=N'; mend the line"
-            )
-        if any(host.name == match["name"] for host in hosts):
-            raise ConfigError(f"{path}:{number}: {match['name']} is listed twice; keep one line")
-        hosts.append(Host(match["name"], int(match["slots"] or 1)))
-    if not hosts:
-        raise ConfigError(f"{path} lists no host; add lines 'NAME slots=N'")
-    return hosts
 
 
 def agent_command(
