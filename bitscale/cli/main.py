@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from bitscale import __version__
 from bitscale.cli import (
     config,
+    doctor,
     evaluate,
     export,
     import_model,
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         verify,
         report,
         config,
+        doctor,
     ):
         command.add_parser(subparsers)
     args, rest = parser.parse_known_args(argv)

@@ -103,8 +103,8 @@ def _seconds(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     from bitscale.config import load_config
+    from bitscale.hostfile import read_hostfile
     from bitscale.supervisor.attempt import Bounds
-    from bitscale.supervisor.hosts import read_hostfile
     from bitscale.supervisor.link import SshOptions
     from bitscale.supervisor.loop import Options, supervise
 

@@ -101,7 +101,7 @@ class Agent:
         for own in ranks:  # {"RANK": "3", "LOCAL_RANK": "1", ...}
             process = subprocess.Popen(
                 command,
-                env=environment | own,
+                env=os.environ | environment | own,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

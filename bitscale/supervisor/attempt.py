@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from bitscale.heartbeat import Heartbeat, read_heartbeats
-from bitscale.supervisor.hosts import Host, rank_variables
+from bitscale.hostfile import Host
+from bitscale.supervisor.hosts import rank_variables
 from bitscale.supervisor.link import Link, Message, SshOptions, open_link
 
 Say = Callable[[str], None]

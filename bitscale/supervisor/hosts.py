@@ -1,60 +1,10 @@
-"""Which hosts take part: the hostfile, and how many of its hosts a run can be split over."""
+"""How many hosts of a hostfile a run can be split over, and what its ranks there are told."""
 
-import os
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 from bitscale.config import Config, check_world_size
 from bitscale.errors import ConfigError
-
-# DeepSpeed's format: a name, then slots=N; # begins a comment.
-_LINE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)\s+slots=(?P<slots>[1-9][0-9]*)")
-
-# What a rank on another host gets of this one's environment. Anything else (tokens, passwords,
-# addresses of the login node) stays here.
-_SENT_NAMES = {"PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "DS_ACCELERATOR", "HOME", "LANG", "TMPDIR"}
-_SENT_PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "CUDA_", "OMP_", "TRITON_", "UCX_", "FI_")
-
-
-@dataclass(frozen=True)
-class Host:
-    name: str  # as ssh knows it
-    slots: int  # ranks that run there
-
-
-def read_hostfile(path: Path) -> list[Host]:
-    """The hosts of a hostfile as `deepspeed --hostfile` reads it.
-
-    Raises ConfigError for a file that cannot be read, a line that is none, or a host named twice.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--hostfile {path}: {error}; give a file of NAME slots=N lines"
-        ) from None
-    hosts: list[Host] = []
-    for number, line in enumerate(lines, 1):
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        found = _LINE.fullmatch(text)
-        if found is None:
-            raise ConfigError(
-                f"{path}:{number}: {text!r} is not a host; write NAME slots=N, for example "
-                "'node1 slots=8'"
-            )
-        if any(host.name == found["name"] for host in hosts):
-            raise ConfigError(
-                f"{path}:{number}: host {found['name']} is named twice; give it one line with all "
-                "its slots"
-            )
-        hosts.append(Host(found["name"], int(found["slots"])))
-    if not hosts:
-        raise ConfigError(f"{path} names no host; write NAME slots=N lines")
-    return hosts
+from bitscale.hostfile import Host
 
 
 def largest_fit(cfg: Config, hosts: Sequence[Host]) -> list[Host]:
@@ -75,16 +25,6 @@ def why_unfit(cfg: Config, hosts: Sequence[Host]) -> str:
     except ConfigError as error:
         return str(error)
     return ""
-
-
-def sent_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The part of `environment` (this process's) that ranks on other hosts are given."""
-    source = os.environ if environment is None else environment
-    return {
-        name: value
-        for name, value in source.items()
-        if name in _SENT_NAMES or name.startswith(_SENT_PREFIXES)
-    }
 
 
 def rank_variables(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bitscale.supervisor.hosts import Host
+from bitscale.hostfile import Host
 
 # What ssh says is kept for the message about a host that cannot be reached.
 _MAX_ERROR_LINES = 20

@@ -12,12 +12,14 @@ from typing import Any
 
 from bitscale import run_lock
 from bitscale.config import Config
+from bitscale.environment import exported
 from bitscale.errors import ConfigError
 from bitscale.heartbeat import ATTEMPT_VARIABLE
+from bitscale.hostfile import Host
 from bitscale.preemption import StopRequest
 from bitscale.supervisor import attempt as attempts
 from bitscale.supervisor.attempt import EXIT_BAD_INPUT, EXIT_PREEMPTED, Attempt, Bounds, Failure
-from bitscale.supervisor.hosts import Host, largest_fit, sent_environment, why_unfit
+from bitscale.supervisor.hosts import largest_fit, why_unfit
 from bitscale.supervisor.link import SshOptions
 
 RECORD_NAME = "supervisor.jsonl"
@@ -135,7 +137,7 @@ class _Supervisor:
                 attempt,
                 hosts,
                 self._command(),
-                sent_environment() | {ATTEMPT_VARIABLE: str(self.number)},
+                exported(os.environ) | {ATTEMPT_VARIABLE: str(self.number)},
                 self.options.master_address or hosts[0].name,
                 self.options.master_port,
             )
