@@ -1,4 +1,4 @@
-"""Ranks that mpirun or srun started, in the terms of the other launchers (RANK, WORLD_SIZE, ...)."""
+"""Ranks that mpirun or srun started, in the terms of other launchers (RANK, WORLD_SIZE, ...)."""
 
 import importlib
 import os
