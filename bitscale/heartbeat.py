@@ -7,6 +7,7 @@ imports torch, so supervisors and `bitscale status` start at once.
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -26,6 +27,7 @@ Phase = Literal["start", "step", "evaluate", "save", "done", "failed"]
 # Of a rank that failed: by an error of its own, by its watchdog, or because others were lost.
 Failure = Literal["", "error", "hang", "peer"]
 ENDED: tuple[Phase, ...] = ("done", "failed")
+STACK_SIGNAL = signal.SIGUSR2  # makes a living rank write the stacks of its threads
 _MISSED_BEATS = 3  # before a heartbeat counts as old
 _GRACE_SECONDS = 2.0  # of a machine too busy to write in time
 _SAME_PROCESS_SECONDS = 2.0  # the kernel counts start times in jiffies from a boot time
@@ -104,6 +106,9 @@ class Place(NamedTuple):
     line: str  # of code
 
 
+_NOWHERE = Place(None, "")
+
+
 class HeartbeatWriter:
     """Writes this rank's heartbeat, every `interval_seconds` and at its first and last phase.
 
@@ -119,7 +124,7 @@ class HeartbeatWriter:
         local_rank: int,
         world_size: int,
         interval_seconds: float,
-        place: Callable[[], Place] = lambda: Place(None, ""),
+        place: Callable[[], Place] = lambda: _NOWHERE,
     ) -> None:
         """`place` tells what the training thread is doing; it is called in the writing thread."""
         self.path = heartbeat_path(run_dir, rank)
@@ -164,11 +169,14 @@ class HeartbeatWriter:
         """The training thread has come to `phase` of `step` (cheap: nothing is written yet)."""
         self._progress = Progress.now(phase, step)
 
-    def end(self, failure: Failure = "") -> None:
-        """Write the last heartbeat and stop (once); without a failure the rank is done."""
+    def end(self, failure: Failure = "", place: Place = _NOWHERE) -> None:
+        """Write the last heartbeat and stop (once); without a failure the rank is done.
+
+        `place` is where it failed.
+        """
         if self._stop.is_set():
             return
-        self._failure = failure
+        self._failure, self._place = failure, lambda: place
         self.mark("failed" if failure else "done", self._progress.step)
         self._stop.set()
         if self._interval_seconds > 0:
@@ -201,8 +209,7 @@ class HeartbeatWriter:
             self.write()
 
     def _heartbeat(self) -> dict[str, object]:
-        progress = self._progress
-        place = Place(None, "") if progress.phase in ENDED else self._place()
+        progress, place = self._progress, self._place()
         return self._about | {
             "time": time.time(),
             "step": progress.step,

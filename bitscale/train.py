@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 
 from bitscale import checkpoint, guard, run, run_lock
+from bitscale.announcement import amendment_summary, run_summary, transition_summary
 from bitscale.config import (
-    Amendment,
     Amendments,
     Config,
-    ScaledMoments,
     amendments_tree,
     batch_index,
     check_world_size,
@@ -29,6 +28,7 @@ from bitscale.config import (
 from bitscale.data.batches import Batches, EvaluationBatch
 from bitscale.data.corpus import PreparedCorpus
 from bitscale.engine import TrainEngine, make_engine
+from bitscale.engine.monitors import Listener, check_monitors, open_monitors
 from bitscale.errors import CheckpointError, TrainingFault
 from bitscale.evaluate import EvalResult, evaluate
 from bitscale.mesh import (
@@ -42,7 +42,7 @@ from bitscale.mesh import (
     under_launcher,
     world_size_from_environment,
 )
-from bitscale.model.bitlinear import bit_linears, is_scale, set_strength
+from bitscale.model.bitlinear import is_scale, set_strength
 from bitscale.model.norms import is_sub_norm
 from bitscale.model.stages import make_model
 from bitscale.monitor import Monitor
@@ -99,6 +99,8 @@ def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[st
     corpora = run.load_corpora(cfg)
     cfg = run.resolve_vocab(cfg, corpora[0].vocab_size)
     rank, world_size = rank_from_environment(), world_size_from_environment()
+    if rank == 0:
+        check_monitors(cfg.log)
     with (
         run_lock.hold(Path(cfg.run.dir), enabled=rank == 0),
         watch_rank(
@@ -171,7 +173,7 @@ def _loop(session: _Session, start: int, stop_request: StopRequest) -> Outcome:
             session.recorder.event(
                 step, session.batches.tokens_seen(step), "transition", **cfg.transition.model_dump()
             )
-            session.say(f"transition begins: {_transition_summary(cfg)}")
+            session.say(f"transition begins: {transition_summary(cfg)}")
         set_strength(engine.module, strength)
         lr, decay = learning_rate(step, cfg), weight_decay(step, cfg)
         batch = session.batches.micro_batches(batch_index(step, session.amendments))
@@ -243,6 +245,7 @@ def _set_up(
         resume_step=0 if reader is None else reader.meta.step,
         num_steps=num_steps(cfg),
         tensorboard=cfg.log.tensorboard,
+        listeners=_listeners(cfg, mesh, rank_watch),
     )
     saver = checkpoint.Saver(
         run.checkpoints_dir(cfg),
@@ -268,6 +271,11 @@ def _set_up(
         amendments=amendments,
         rank_watch=rank_watch,
     )
+
+
+def _listeners(cfg: Config, mesh: Mesh, rank_watch: RankWatch) -> list[Listener]:
+    services = open_monitors(cfg.log) if mesh.is_main else None
+    return [rank_watch.observe, *filter(None, [services])]
 
 
 def restore(engine: TrainEngine, mesh: Mesh, reader: StateSource) -> None:
@@ -314,7 +322,7 @@ def _go_back(session: _Session, fault: guard.Fault) -> tuple[_Session, int]:
     restore(engine, mesh, _open_everywhere(path, mesh))
     if session.telemetry is not None:
         session.telemetry.read(engine.gathered, compute=mesh.speaks_for_stage)
-    session.say(f"continued from {path}: {_amendment_summary(amendment)}")
+    session.say(f"continued from {path}: {amendment_summary(amendment)}")
     return replace(session, amendments=(*session.amendments, amendment)), amendment.from_step
 
 
@@ -331,18 +339,6 @@ def _open_everywhere(path: Path, mesh: Mesh) -> checkpoint.Reader:
     return reader
 
 
-def _amendment_summary(amendment: Amendment) -> str:
-    change = (
-        f"the ramp {amendment.slower:g} times slower"
-        if amendment.slower > 1
-        else f"without batch {', '.join(map(str, amendment.skipped_batches))}"
-    )
-    return (
-        f"rollback {amendment.number} from step {amendment.detected_step} to "
-        f"{amendment.from_step}, {change}"
-    )
-
-
 def _announce(session: _Session, reader: StateSource | None, comparison: run.Comparison) -> None:
     cfg, mesh, batches = session.cfg, session.mesh, session.batches
     step = 0 if reader is None else reader.meta.step
@@ -356,55 +352,16 @@ def _announce(session: _Session, reader: StateSource | None, comparison: run.Com
     event = "start" if reader is None else "resume"
     source = {} if reader is None else {"checkpoint": str(reader.path)}
     session.recorder.event(step, batches.tokens_seen(step), event, **details, **source)
-    shapes = session.engine.parameter_shapes()
-    ternary = session.engine.ternary_weights()
-    count = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    session.say(
-        f"run {cfg.run.dir}: {format_count(sum(count.values()))} parameters "
-        f"({format_count(sum(count[name] for name in ternary))} in ternary layers), "
-        f"{num_steps(cfg):,} steps, {format_count(batches.tokens_seen(num_steps(cfg)))} tokens, "
-        f"{cfg.train.dtype}, ZeRO-{cfg.engine.zero_stage}, {mesh.world_size} rank(s) on "
-        f"{mesh.device.type}{_layout(cfg)}, kernel {_kernel(session)}; {_transition_summary(cfg)}"
-    )
+    tokens = batches.tokens_seen(num_steps(cfg))
+    session.say(run_summary(cfg, mesh, session.engine, tokens))
     if reader is not None:
         session.say(f"resumed from {reader.path} at step {step}")
     for amendment in session.amendments:
-        session.say(f"in force: {_amendment_summary(amendment)}")
+        session.say(f"in force: {amendment_summary(amendment)}")
     for line in comparison.notes:
         session.say(line)
     for difference in comparison.differences:
         session.say(f"allowed change: {difference}")
-
-
-def _layout(cfg: Config) -> str:
-    p = cfg.parallel
-    shared = [
-        f"tp {p.tp}" if p.tp > 1 else "",
-        "sequence parallel" if p.sequence_parallel else "",
-        f"pp {p.pp}" if p.pp > 1 else "",
-    ]
-    named = ", ".join(filter(None, shared))
-    return f" ({named})" if named else ""
-
-
-def _kernel(session: _Session) -> str:
-    """What computes the ternary layers, whatever `auto` has chosen."""
-    layers = bit_linears(session.engine.module)
-    names = {"reference" if layer.kernels is None else layer.kernels.name for _, layer in layers}
-    return " and ".join(sorted(names))
-
-
-def _transition_summary(cfg: Config) -> str:
-    start = transition_step(cfg)
-    if start is None:
-        return "16 bit throughout"
-    t = cfg.transition
-    policy = t.optimizer_state
-    state = f"scaled by {policy.scale:g}" if isinstance(policy, ScaledMoments) else policy
-    return (
-        f"ternary from step {start:,} (ramp {t.ramp.shape}, optimizer state {state}, "
-        f"LR {t.lr}, weight decay {t.weight_decay})"
-    )
 
 
 def _evaluate(session: _Session, done: int) -> EvalResult | None:

@@ -23,6 +23,8 @@ from bitscale.cli import (
     prepare,
     probe,
     report,
+    runs,
+    status,
     supervise,
     train,
     verify,
@@ -56,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         inspect,
         verify,
         report,
+        status,
+        runs,
         config,
         doctor,
     ):

@@ -298,10 +298,29 @@ class CheckpointConfig(Section):
     asynchronous: bool = True
 
 
+class WandbConfig(Section):
+    """Weights & Biases, by DeepSpeed's monitor; its key comes from the environment."""
+
+    project: str
+    group: str | None = None
+    team: str | None = None
+
+
+class CometConfig(Section):
+    """Comet, by DeepSpeed's monitor; its key comes from the environment."""
+
+    project: str
+    workspace: str | None = None
+    experiment_name: str | None = None
+    online: bool | None = None  # false: into an archive on disk
+
+
 class LogConfig(Section):
     every: PositiveInt = 10  # steps
     telemetry_every: NonNegativeInt = 50  # steps; 0: off
     tensorboard: bool = True  # event files under run.dir, beside metrics.jsonl
+    wandb: WandbConfig | None = None  # needs the package wandb
+    comet: CometConfig | None = None  # needs the package comet_ml
 
 
 class WatchConfig(Section):

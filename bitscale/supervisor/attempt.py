@@ -17,6 +17,7 @@ Say = Callable[[str], None]
 Kind = Literal["done", "stopped", "bad input", "rank", "host", "stall"]
 
 EXIT_BAD_INPUT = 2
+EXIT_PEER_LOST = 4
 EXIT_PREEMPTED = 75
 _POLL_SECONDS = 0.2
 _BEAT_SECONDS = 1.0
@@ -243,11 +244,15 @@ def _settle(attempt: Attempt) -> None:
 
 
 def _cause(attempt: Attempt) -> Failure:
-    """A host before a rank, a rank that was killed before one that gave up by itself."""
+    """A host before a rank, a rank that was killed before one that gave up by itself, and last those
+    that only missed another."""
     for name, why in attempt.lost.items():
         ranks = [rank for rank, host in attempt.host_of.items() if host == name]
         return Failure("host", f"host {name} (ranks {_span(ranks)}) {why}", host=name)
-    ends = sorted(attempt.ends.values(), key=lambda end: (end.code >= 0, end.at))
+    ends = sorted(
+        attempt.ends.values(),
+        key=lambda end: (end.code >= 0, end.code == EXIT_PEER_LOST, end.at),
+    )
     failed = [end for end in ends if end.code not in (0, EXIT_PREEMPTED)]
     first = failed[0]
     where = f"rank {first.rank} on {first.host} (pid {first.pid})"
@@ -257,7 +262,9 @@ def _cause(attempt: Attempt) -> Failure:
     told = attempt.last_words.get(first.rank, "it said nothing")
     kind: Kind = "bad input" if first.code == EXIT_BAD_INPUT else "rank"
     text = f"{where} ended with exit code {first.code}: {told}"
-    return Failure(kind, text, first.host, first.rank, first.code)
+    # One that missed another says which in its message; its own host is not to blame.
+    host = "" if first.code == EXIT_PEER_LOST else first.host
+    return Failure(kind, text, host, first.rank, first.code)
 
 
 class _Eyes:

@@ -9,10 +9,9 @@ import time
 from pathlib import Path
 
 from bitscale.errors import PeerLost
-from bitscale.heartbeat import Progress, read_heartbeats
+from bitscale.heartbeat import Place, Progress, read_heartbeats
 from bitscale.recorder import format_duration
 from bitscale.watch.suspects import Suspect, find_suspect
-from bitscale.watch.whereabouts import place_of_error
 
 _POLL_SECONDS = 0.25
 _TIMED_OUT = re.compile(r"time.?out|timed out", re.IGNORECASE)
@@ -33,18 +32,18 @@ def explain(
     error: BaseException,
     run_dir: Path,
     progress: Progress,
+    place: Place,
     *,
     rank: int,
     timeout_seconds: float,
 ) -> PeerLost:
     """`error`, for which `is_lost_peer`, with the collective, the step, and the rank to look at.
 
-    `progress` is this rank's last.
+    `progress` is this rank's last, `place` where the error was raised.
 
     A rank that died on another host is known by its silence only: this waits for that, at most
     for the age at which a heartbeat counts as old.
     """
-    place = place_of_error(error.__traceback__)
     suspect = _wait_for_suspect(run_dir, rank)
     what = place.waiting_for or "communication"
     waited = format_duration(time.monotonic() - progress.since_monotonic)

@@ -11,7 +11,6 @@ SIGUSR2 makes a living rank write its stacks and go on (`bitscale status --stack
 
 import faulthandler
 import os
-import signal
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from bitscale.heartbeat import (
+    STACK_SIGNAL,
     Heartbeat,
     HeartbeatWriter,
     Phase,
@@ -31,7 +31,6 @@ from bitscale.watch.suspects import find_suspect
 from bitscale.watch.whereabouts import place_of_main_thread
 
 EXIT_HUNG = 3
-STACK_SIGNAL = signal.SIGUSR2
 # Reading a corpus or a checkpoint, building an engine and writing a checkpoint take long by nature.
 _PATIENCE: dict[Phase, float] = {"start": 4.0, "save": 4.0}
 _OTHERS_SECONDS = 10.0  # for the other ranks' stacks, before the launcher ends them for our exit
@@ -89,18 +88,21 @@ class Watchdog:
         suspect = find_suspect(
             read_heartbeats(self._run_dir), time.time(), own_rank=self._rank, own_place=place
         )
+        blame = "" if suspect is None else f"; {suspect.text}"
+        if suspect is not None and suspect.rank == self._rank:
+            blame = "; the other ranks wait for this one"
         print(
             f"error on rank {self._rank} ({os.uname().nodename}, process {os.getpid()}): no "
             f"progress for {format_duration(waited_seconds)} "
             f"(watch.hang_seconds={self._hang_seconds:g}) in phase {progress.phase}, step "
             f"{progress.step:,}, {waits}, at {place.line}"
-            f"{f'; {suspect.text}' if suspect else ''}; stacks of all threads: "
-            f"{stack_path(self._run_dir, self._rank)}; continue with --resume auto",
+            f"{blame}; stacks of all threads: {stack_path(self._run_dir, self._rank)}; "
+            "continue with --resume auto",
             file=sys.stderr,
             flush=True,
         )
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
-        self._heartbeats.end("hang")
+        self._heartbeats.end("hang", place)
         self._wait_for_others()
         os._exit(EXIT_HUNG)
 
