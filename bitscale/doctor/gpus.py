@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 
 from bitscale.doctor.check import Check
@@ -71,12 +72,27 @@ def _query() -> list[Gpu]:
                 raise ValueError(f"nvidia-smi answers with another form: {done.stdout[:80]!r}")
             keys = [field.removeprefix("{0}.") for field in _FIELDS]
             return [dict(zip(keys, row, strict=True)) for row in rows]
-        said = " ".join((done.stdout + done.stderr).split())[:160]
+        said = " ".join(done.stdout.split())[:160]
         if "not a valid field" not in said:
             break
     if "No devices were found" in said:
         return []
     raise ValueError(f"nvidia-smi: {said or 'no message'}")
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run`, but after its time a process that cannot be killed is not waited for."""
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+        )
+        try:
+            code = process.wait(_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        out.seek(0)
+        return subprocess.CompletedProcess(command, code, out.read())
 
 
 def _ailments(gpu: Gpu) -> Iterator[Check]:
@@ -127,10 +143,7 @@ def _topology(num_gpus: int) -> list[Check]:
     if num_gpus < 2:
         return []
     try:
-        done = subprocess.run(
-            ["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=_SECONDS,
-            check=False,
-        )  # fmt: skip
+        done = _run(["nvidia-smi", "topo", "-m"])
     except subprocess.TimeoutExpired:
         return []
     links = set(parse_topology(done.stdout, num_gpus))
