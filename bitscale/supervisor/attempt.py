@@ -244,8 +244,8 @@ def _settle(attempt: Attempt) -> None:
 
 
 def _cause(attempt: Attempt) -> Failure:
-    """A host before a rank, a rank that was killed before one that gave up by itself, and last those
-    that only missed another."""
+    """A host before a rank; a rank that was killed before one that gave up by itself, and those
+    that only missed another last."""
     for name, why in attempt.lost.items():
         ranks = [rank for rank, host in attempt.host_of.items() if host == name]
         return Failure("host", f"host {name} (ranks {_span(ranks)}) {why}", host=name)

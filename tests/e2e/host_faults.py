@@ -32,6 +32,7 @@ WATCH = (
 SUPERVISE = ("--host-seconds", "6", "--heartbeat-seconds", "10", "--stall-seconds", "60")
 _PORT = "29500"
 _STEP_LINE = re.compile(r"^step \d+/\d+ ")
+_RANK = re.compile(r"\S*python\S* (-u )?-m bitscale\.cli\.main train ")
 _NAMING = re.compile(r"rank \d+|host \w+|node\d")
 
 
@@ -105,19 +106,13 @@ def pid_of(run_dir: Path, rank: int) -> int:
 
 
 def ranks_left(hosts: Hosts) -> list[str]:
-    """`node: pid` of every training process that still runs."""
+    """`node: pid` of every training process that still runs (stopped ones included)."""
     found = []
     for node in hosts.nodes:
         listed = hosts.execute(node, "ps", "-eo", "pid=,stat=,args=")
         for line in listed.splitlines():
-            pid, stat, arguments = line.split(None, 2)
-            if (
-                "bitscale.cli.main train" in arguments
-                and "Z" not in stat
-                and "deepspeed" not in arguments
-                and "torchrun" not in arguments
-                and "mpirun" not in arguments
-            ):
+            pid, state, arguments = line.split(None, 2)
+            if _RANK.match(arguments) and "Z" not in state:
                 found.append(f"{node}: {pid}")
     return found
 
