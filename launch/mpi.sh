@@ -23,9 +23,10 @@ if [[ -n ${IFNAME:-} ]]; then
   export NCCL_SOCKET_IFNAME=$IFNAME GLOO_SOCKET_IFNAME=$IFNAME
   options+=(--mca btl_tcp_if_include "$IFNAME" --mca oob_tcp_if_include "$IFNAME")
 fi
-if [[ -n ${SSH_PORT:-} ]]; then
-  options+=(--mca plm_rsh_args "-p $SSH_PORT")
-fi
+# A node that has gone is noticed by its silence.
+options+=(--mca oob_tcp_keepalive_time 10 --mca oob_tcp_keepalive_intvl 10
+  --mca oob_tcp_keepalive_probes 3 --mca plm_rsh_args
+  "${SSH_PORT:+-p $SSH_PORT }-o ServerAliveInterval=10 -o ServerAliveCountMax=3")
 # The allow list of docs/safety.md; mpirun passes on nothing that is not named.
 while IFS='=' read -r name _; do
   options+=(-x "$name")

@@ -10,8 +10,9 @@
 #   MASTER_PORT  where ranks meet, 29500 (openmpi: any that is free)
 #
 # Every node needs the repository and the Python environment at the same path, and ssh to it without
-# a password. If a node dies, pdsh waits for ever for the ranks of the others; interrupting it runs
-# `pkill -f` for the launcher on every node. `bitscale supervise` does neither.
+# a password. Nothing here stops the other nodes' ranks when one dies or hangs: they find out by
+# themselves (docs/watching.md), and interrupting pdsh runs `pkill -f` for the launcher on every node.
+# `bitscale supervise` stops them all, and goes on.
 set -euo pipefail
 : "${2:?"usage: [LAUNCHER=pdsh|openmpi] launch/multinode.sh HOSTFILE CONFIG [ARGUMENT...]"}"
 hostfile=$1
@@ -31,15 +32,19 @@ export DS_ENV_FILE
 trap 'rm -f "$DS_ENV_FILE"' EXIT
 bitscale doctor --print-environment >"$DS_ENV_FILE"
 
+# Without these an ssh connection to a node that has gone is waited for for ever.
+alive='-o ServerAliveInterval=10 -o ServerAliveCountMax=3'
 options=(--hostfile "$hostfile" --launcher "${LAUNCHER:=pdsh}" --no_local_rank)
 if [[ $LAUNCHER == pdsh ]]; then
+  export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} $alive"
   options+=(--master_port "${MASTER_PORT:-29500}" ${SSH_PORT:+--ssh_port "$SSH_PORT"})
 else
   # mpirun's own connections, and those of the ranks' discovery, over the same interface.
   ifname=${IFNAME:-eth0}
   mca="--mca btl_tcp_if_include $ifname --mca oob_tcp_if_include $ifname"
-  options+=(--no_ssh_check --launcher_args
-    "$mca ${SSH_PORT:+--mca plm_rsh_args \"-p $SSH_PORT\"}")
+  mca+=" --mca oob_tcp_keepalive_time 10 --mca oob_tcp_keepalive_intvl 10 --mca oob_tcp_keepalive_probes 3"
+  mca+=" --mca plm_rsh_args '${SSH_PORT:+-p $SSH_PORT }$alive'"
+  options+=(--no_ssh_check --launcher_args "$mca")
   # DeepSpeed would ask the first node for its address, which openmpi's ranks find out themselves.
   options+=(--master_addr "${MASTER_ADDR:-unused}")
 fi

@@ -64,8 +64,9 @@ def launch(
 def host_environment() -> dict[str, str]:
     """Of a shell on such a host; mpirun asks whether root means it."""
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    path = {"PYTHONPATH": str(ROOT), "IFNAME": "eth0", "GLOO_SOCKET_IFNAME": "eth0"}
-    return environment() | root | path
+    path = ":".join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    network = {"IFNAME": "eth0", "GLOO_SOCKET_IFNAME": "eth0"}
+    return environment() | root | network | {"PYTHONPATH": path}
 
 
 def wait_for_step(
