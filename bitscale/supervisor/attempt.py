@@ -166,7 +166,6 @@ def start(
 def watch(
     attempt: Attempt,
     run_dir: Path,
-    number: int,
     bounds: Bounds,
     stop_requested: Callable[[], bool],
     on_step: Callable[[int], None],
@@ -175,7 +174,7 @@ def watch(
 
     `on_step` hears of every new number of steps done (of the slowest rank).
     """
-    eyes = _Eyes(run_dir, number, bounds, attempt)
+    eyes = _Eyes(run_dir, bounds, attempt)
     next_beat = next_look = 0.0
     asked_at: float | None = None
     while True:
@@ -196,7 +195,7 @@ def watch(
         failed = [end for end in attempt.ends.values() if end.code not in (0, EXIT_PREEMPTED)]
         if failed or attempt.lost:
             _settle(attempt)
-            return _cause(attempt)
+            return find_cause(attempt)
         if len(attempt.ends) == len(attempt.host_of):
             codes = {end.code for end in attempt.ends.values()}
             if codes == {0}:
@@ -243,7 +242,7 @@ def _settle(attempt: Attempt) -> None:
             return
 
 
-def _cause(attempt: Attempt) -> Failure:
+def find_cause(attempt: Attempt) -> Failure:
     """A host before a rank; a rank that was killed before one that gave up by itself, and those
     that only missed another last."""
     for name, why in attempt.lost.items():
@@ -270,9 +269,8 @@ def _cause(attempt: Attempt) -> Failure:
 class _Eyes:
     """Progress by the ranks' heartbeats, judged by this host's clock alone."""
 
-    def __init__(self, run_dir: Path, number: int, bounds: Bounds, attempt: Attempt) -> None:
+    def __init__(self, run_dir: Path, bounds: Bounds, attempt: Attempt) -> None:
         self.run_dir = run_dir
-        self.number = number
         self.bounds = bounds
         self.attempt = attempt
         self.seen: dict[int, tuple[float, float]] = {}  # rank: what it wrote, when it was new here
@@ -281,7 +279,7 @@ class _Eyes:
 
     def look(self, on_step: Callable[[int], None]) -> Failure | None:
         now = time.monotonic()
-        beats = [beat for beat in read_heartbeats(self.run_dir) if beat.attempt == self.number]
+        beats = [beat for beat in read_heartbeats(self.run_dir) if self._is_ours(beat)]
         for beat in beats:
             if self.seen.get(beat.rank, (0.0, 0.0))[0] != beat.time:
                 self.seen[beat.rank] = (beat.time, now)
@@ -306,6 +304,11 @@ class _Eyes:
                 return Failure("stall", text)
             return self._blame([behind], "and all others took no step", now)
         return None
+
+    def _is_ours(self, beat: Heartbeat) -> bool:
+        """Whether a rank of this attempt wrote it, and not one of before whose file is still there."""
+        link = self.attempt.links.get(self.attempt.host_of.get(beat.rank, ""))
+        return link is not None and link.pids.get(str(beat.rank)) == beat.pid
 
     def _blame(self, beats: list[Heartbeat], what: str, now: float) -> Failure:
         first = beats[0]

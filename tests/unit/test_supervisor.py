@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from bitscale import run_lock
 from bitscale.cli.main import main
 from bitscale.config import Config, load_config
 from bitscale.hostfile import Host
+from bitscale.supervisor.attempt import Attempt, RankEnd, find_cause
 from bitscale.supervisor.hosts import largest_fit, rank_variables, why_unfit
 
 pytestmark = pytest.mark.unit
@@ -174,3 +176,35 @@ def test_no_rank_outlives_its_agent(how: str) -> None:
     assert not alive
     found.process.kill()
     found.process.wait()
+
+
+def ended(rank: int, code: int, at: float) -> RankEnd:
+    return RankEnd(f"node{rank}", rank, pid=100 + rank, code=code, at=at)
+
+
+def attempt_of(*ends: RankEnd, **lost: str) -> Attempt:
+    found = Attempt({}, queue.Queue(), silence_seconds=1.0, say=print, lost=lost)
+    found.host_of = {rank: f"node{rank}" for rank in range(4)}
+    found.ends = {end.rank: end for end in ends}
+    return found
+
+
+def test_the_cause_is_not_the_first_to_end() -> None:
+    """A rank that missed another (4) comes before the one that it missed."""
+    missed, fault, killed = ended(0, 4, 1.0), ended(1, 1, 2.0), ended(2, -9, 3.0)
+    assert find_cause(attempt_of(missed)).host == ""  # whoever was missed, not node0
+    assert find_cause(attempt_of(missed, fault)).text == (
+        "rank 1 on node1 (pid 101) ended with exit code 1: it said nothing"
+    )
+    cause = find_cause(attempt_of(missed, fault, killed))
+    assert cause.text == "rank 2 on node2 (pid 102) was killed by SIGKILL"
+    assert (cause.kind, cause.host, cause.rank, cause.exit_code) == ("rank", "node2", 2, -9)
+    cause = find_cause(attempt_of(missed, killed, node3="closed the ssh connection"))
+    assert cause.text == "host node3 (ranks 3) closed the ssh connection"
+
+
+def test_input_that_a_rank_refuses_is_told_with_its_words() -> None:
+    attempt = attempt_of(ended(0, 2, 1.0))
+    attempt.last_words[0] = "error: run.dir='r' is not writable"
+    cause = find_cause(attempt)
+    assert cause.kind == "bad input" and cause.text.endswith(": error: run.dir='r' is not writable")
