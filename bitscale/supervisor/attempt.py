@@ -306,7 +306,7 @@ class _Eyes:
         return None
 
     def _is_ours(self, beat: Heartbeat) -> bool:
-        """Whether a rank of this attempt wrote it, and not one of before whose file is still there."""
+        """Whether a rank of this attempt wrote it, and not one whose file is still there."""
         link = self.attempt.links.get(self.attempt.host_of.get(beat.rank, ""))
         return link is not None and link.pids.get(str(beat.rank)) == beat.pid
 

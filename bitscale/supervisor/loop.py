@@ -141,16 +141,16 @@ class _Supervisor:
                 self.options.master_address or hosts[0].name,
                 self.options.master_port,
             )
-            first: list[int] = []
+            steps: list[int] = []
 
-            def on_step(done: int) -> None:
-                if not first and done > 0:
-                    first.append(done)
+            def on_step(step: int) -> None:
+                steps.append(step)
+                if len(steps) == 2:  # the first heartbeat is of where it begins
                     seconds = round(time.monotonic() - begin, 2)
-                    self.record.write("first step", attempt=self.number, step=done, seconds=seconds)
+                    self.record.write("first step", attempt=self.number, step=step, seconds=seconds)
 
             return attempts.watch(
-                attempt, self.run_dir, self.number, self.options.bounds, stop_requested, on_step
+                attempt, self.run_dir, self.options.bounds, stop_requested, on_step
             )
         finally:
             self._finish(attempt)
