@@ -146,9 +146,8 @@ def make_hosts(num_nodes: int, folder: Path) -> Iterator[Hosts]:
     _write_configuration(folder, names)
     with ExitStack() as stack:
         # A sleeping process holds the namespace of the bridge.
-        switch = _first_process(
-            stack, ["unshare", "--net", "sh", "-c", "echo ready; exec sleep inf"]
-        )
+        sleeper = ["sh", "-c", "echo ready; exec sleep inf"]
+        switch = _first_process(stack, ["unshare", "--net", *sleeper])
         in_switch = _enter(switch.pid, "--net")
         _run([*in_switch, "ip", "link", "add", "bridge", "type", "bridge"])
         _run([*in_switch, "ip", "link", "set", "bridge", "up"])

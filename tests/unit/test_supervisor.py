@@ -118,8 +118,8 @@ class AgentAtHand:
                 return message
         raise AssertionError(f"the agent ended without {event}")
 
-    def start(self, *codes: str) -> list[psutil.Process]:
-        """One rank for each piece of shell, the processes."""
+    def start(self, *codes: str) -> list[int]:
+        """One rank for each piece of shell; the PIDs."""
         for number, code in enumerate(codes):
             command = ["sh", "-c", code]
             ranks = [{"RANK": str(number)}]
@@ -127,7 +127,7 @@ class AgentAtHand:
         pids: dict[str, int] = {}
         while len(pids) < len(codes):
             pids = self.hear("started")["pids"]
-        return [psutil.Process(pid) for pid in pids.values()]
+        return list(pids.values())
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_an_agent_tells_output_codes_and_signals(agent: AgentAtHand) -> None:
     agent.hear("output")
     agent.send(do="signal", number=int(signal.SIGTERM))
     assert agent.hear("output")["text"] == "saved"
-    assert agent.hear("exit") == {"event": "exit", "rank": 0, "pid": rank.pid, "code": 75}
+    assert agent.hear("exit") == {"event": "exit", "rank": 0, "pid": rank, "code": 75}
 
 
 @pytest.mark.parametrize("how", ["told", "closed", "silence", "killed"])
@@ -157,7 +157,8 @@ def test_no_rank_outlives_its_agent(how: str) -> None:
     if how == "silence":
         found.send(do="beat")
     stubborn = "trap '' TERM; while :; do sleep 0.05; done"
-    ranks = found.start(f'setsid sh -c "{stubborn}" & exec sh -c "{stubborn}"')
+    pids = found.start(f'setsid sh -c "{stubborn}" & exec sh -c "{stubborn}"')
+    ranks = [psutil.Process(pid) for pid in pids]
     deadline = time.monotonic() + 30
     while how != "killed" and not ranks[0].children(recursive=True):
         assert time.monotonic() < deadline
