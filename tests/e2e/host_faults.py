@@ -26,10 +26,11 @@ FAULT_STEP = 18  # two steps into the transition; the last checkpoint is of step
 # Short bounds, so that a fault shows in seconds: the defaults are minutes.
 WATCH = (
     "watch.heartbeat_seconds=1",
-    "watch.hang_seconds=25",
-    "watch.collective_timeout_seconds=30",
+    "watch.hang_seconds=45",
+    "watch.collective_timeout_seconds=60",
 )
-SUPERVISE = ("--host-seconds", "6", "--heartbeat-seconds", "10", "--stall-seconds", "60")
+SUPERVISE = ("--host-seconds", "10", "--heartbeat-seconds", "20", "--stall-seconds", "120")
+_LAUNCHER_SECONDS = 120.0  # after which one that has not ended "runs on"
 _PORT = "29500"
 _STEP_LINE = re.compile(r"^step \d+/\d+ ")
 _RANK = re.compile(r"\S*python\S* (-u )?-m bitscale\.cli\.main train ")
@@ -227,11 +228,11 @@ def inject(
     nodes = hosts.nodes
     processes = launch(hosts, launcher, nodes, arguments, log)
     try:
-        wait_for_step(processes, run_dir, FAULT_STEP, 150)
+        wait_for_step(processes, run_dir, FAULT_STEP, 300)
         before = len(log.read_text())
         begin = time.monotonic()
         with FAULTS[fault](hosts, nodes[-1], run_dir, len(nodes) - 1):  # type: ignore[attr-defined]
-            codes = wait_all(processes, 120 if launcher == "supervise" else 75)
+            codes = wait_all(processes, 300 if launcher == "supervise" else _LAUNCHER_SECONDS)
             seen.exit_seconds = None if codes is None else round(time.monotonic() - begin, 1)
             seen.exit_codes = codes or []
             if codes is not None:
@@ -268,13 +269,13 @@ def _resume(
     processes = launch(hosts, launcher, nodes, [*arguments, "--resume", "auto"], log)
     try:
         while len(events(run_dir, "resume")) == resumed:
-            if wait_all(processes, 0.05) is not None or time.monotonic() - begin > 120:
+            if wait_all(processes, 0.05) is not None or time.monotonic() - begin > 300:
                 break
         step = events(run_dir, "resume")[-1]["step"]
-        wait_for_step(processes, run_dir, step + 1, 120)
+        wait_for_step(processes, run_dir, step + 1, 300)
         seen.first_step_seconds = round(time.monotonic() - begin, 1)
         seen.resumed_ranks = events(run_dir, "resume")[-1]["world_size"]
-        codes = wait_all(processes, 150)
+        codes = wait_all(processes, 300)
         assert codes is not None and not any(codes), f"the continuation ended with {codes}"
     finally:
         end(hosts, processes)

@@ -45,9 +45,9 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(
     arguments = [config_file, f"run.dir={run_dir}", KEEP_ALL, "engine.zero_stage=3", *WATCH]
     processes = launch(hosts, "supervise", hosts.nodes, arguments, log)
     try:
-        wait_for_step(processes, run_dir, FAULT_STEP, 120)
+        wait_for_step(processes, run_dir, FAULT_STEP, 300)
         with rank_killed(hosts, "node2", run_dir, 1):
-            assert wait_all(processes, 240) == [0], log.read_text()
+            assert wait_all(processes, 300) == [0], log.read_text()
         assert ranks_left(hosts) == []
     finally:
         end(hosts, processes)
@@ -71,7 +71,7 @@ def test_a_host_without_its_cable_is_left_out(
     arguments = [config_file, f"run.dir={run_dir}", KEEP_ALL, *WATCH]
     processes = launch(hosts, "supervise", hosts.nodes, arguments, log)
     try:
-        wait_for_step(processes, run_dir, FAULT_STEP, 120)
+        wait_for_step(processes, run_dir, FAULT_STEP, 300)
         with cable_out(hosts, "node1", run_dir, 0):
             assert wait_all(processes, 300) == [0], log.read_text()
             assert ranks_left(hosts) == []
@@ -98,15 +98,15 @@ def test_a_signal_to_the_supervisor_saves_on_every_rank(
     arguments = [config_file, f"run.dir={run_dir}", KEEP_ALL, "engine.zero_stage=3", *WATCH]
     processes = launch(hosts, "supervise", hosts.nodes, arguments, log)
     try:
-        wait_for_step(processes, run_dir, FAULT_STEP, 120)
+        wait_for_step(processes, run_dir, FAULT_STEP, 300)
         # nsenter waits for the command it has become the parent of: signal that itself.
         pid = hosts.execute(HEAD, "pgrep", "-f", "cli.main supervise").split()[0]
         hosts.execute(HEAD, "kill", f"-{int(signal.SIGTERM)}", pid)
-        assert wait_all(processes, 120) == [75], log.read_text()
+        assert wait_all(processes, 300) == [75], log.read_text()
         assert ranks_left(hosts) == []
         assert events(run_dir, "preempted")
         processes = launch(hosts, "supervise", hosts.nodes, arguments, log)
-        assert wait_all(processes, 200) == [0], log.read_text()
+        assert wait_all(processes, 300) == [0], log.read_text()
     finally:
         end(hosts, processes)
     assert differences(finished_run_2_ranks, run_dir) == []

@@ -1,5 +1,6 @@
 """Hostfiles, who takes part, what is sent, and the agent that no rank outlives."""
 
+import contextlib
 import json
 import os
 import queue
@@ -160,9 +161,10 @@ def test_no_rank_outlives_its_agent(how: str) -> None:
     pids = found.start(f'setsid sh -c "{stubborn}" & exec sh -c "{stubborn}"')
     ranks = [psutil.Process(pid) for pid in pids]
     deadline = time.monotonic() + 30
-    while how != "killed" and not ranks[0].children(recursive=True):
+    while not (children := ranks[0].children(recursive=True)):
         assert time.monotonic() < deadline
-    family = ranks + ranks[0].children(recursive=True)
+        time.sleep(0.05)
+    family = ranks + children
     match how:
         case "told":
             found.send(do="end")
@@ -175,6 +177,9 @@ def test_no_rank_outlives_its_agent(how: str) -> None:
             family = ranks
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
+    for process in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     found.process.kill()
     found.process.wait()
 
