@@ -34,7 +34,7 @@ INTRODUCTION = """\
 Two hosts with a rank each, which are network namespaces of one machine with an sshd in each, train
 a tiny model (35,000 parameters, 40 steps, ternary from step 16) on {text}. At step 18 something
 happens to the second host or its rank. `supervise` is `bitscale supervise`, `torchrun`
-launch/torchrun.sh, `pdsh` and `openmpi` launch/multinode.sh.
+launch/torchrun.sh, `pdsh` and `openmpi` launch/multinode.sh, `mpirun` launch/mpi.sh.
 
 - **ends after**: from the fault until the launcher has ended on every host, or, under the
   supervisor, until the finished run's end. "runs on": not within 120 s; everything was then killed.

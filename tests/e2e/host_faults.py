@@ -21,7 +21,7 @@ from runs import KEEP_ALL, differences, environment, events, metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
-LAUNCHERS = ("supervise", "torchrun", "pdsh", "openmpi")
+LAUNCHERS = ("supervise", "torchrun", "pdsh", "openmpi", "mpirun")
 FAULT_STEP = 18  # two steps into the transition; the last checkpoint is of step 15
 # Short bounds, so that a fault shows in seconds: the defaults are minutes.
 WATCH = (
@@ -57,6 +57,9 @@ def launch(
             env |= {"NUM_NODES": str(len(nodes)), "HEAD": f"{nodes[0]}:{_PORT}"}
             command = [LAUNCH / "torchrun.sh", "1", *arguments]
             return [hosts.start(node, command, log, env) for node in nodes]
+        case "mpirun":
+            command = [LAUNCH / "mpi.sh", len(nodes), "--hostfile", hostfile, *arguments]
+            return [hosts.start(HEAD, command, log, env)]
     env |= {"LAUNCHER": launcher, "MASTER_PORT": _PORT}
     command = [LAUNCH / "multinode.sh", hostfile, *arguments]
     return [hosts.start(HEAD, command, log, env)]
