@@ -36,8 +36,8 @@ a tiny model (35,000 parameters, 40 steps, ternary from step 16) on {text}. At s
 happens to the second host or its rank. `supervise` is `bitscale supervise`, `torchrun`
 launch/torchrun.sh, `pdsh` and `openmpi` launch/multinode.sh, `mpirun` launch/mpi.sh.
 
-- **ends after**: from the fault until the launcher has ended on every host, or, under the
-  supervisor, until the finished run's end. "runs on": not within 120 s; everything was then killed.
+- **ends after**: from the fault until the launcher has ended on every host, or the supervisor has
+  stopped all ranks. "runs on": not within 120 s; everything was then killed.
 - **left behind**: training processes that still run on the hosts two seconds after that.
 - **first step**: from the restart (supervisor: of its second attempt; others: by hand with
   `--resume auto`) to the first new optimizer step; with the ranks that took it.

@@ -3,6 +3,7 @@
 Used by test_netns.py and tools/inject_host_faults.py.
 """
 
+import datetime
 import json
 import os
 import re
@@ -202,7 +203,8 @@ class Seen:
 
     fault: str
     launcher: str
-    exit_seconds: float | None = None  # from the fault to the launcher's end; None: it ran on
+    # From the fault to the launcher's end, or until the supervisor had stopped all; None: it ran on.
+    exit_seconds: float | None = None
     exit_codes: list[int] = field(default_factory=list)
     message: str = ""  # the line that says what happened
     left: list[str] = field(default_factory=list)  # ranks that the launcher left behind
@@ -233,7 +235,7 @@ def inject(
     try:
         wait_for_step(processes, run_dir, FAULT_STEP, 300)
         before = len(log.read_text())
-        begin = time.monotonic()
+        begin, begin_unix = time.monotonic(), time.time()
         with FAULTS[fault](hosts, nodes[-1], run_dir, len(nodes) - 1):  # type: ignore[attr-defined]
             codes = wait_all(processes, 300 if launcher == "supervise" else _LAUNCHER_SECONDS)
             seen.exit_seconds = None if codes is None else round(time.monotonic() - begin, 1)
@@ -249,7 +251,7 @@ def inject(
     seen.transcript = "\n".join(lines)
     seen.message = _message(lines)
     if launcher == "supervise":
-        _judge_supervised(seen, run_dir, reference)
+        _judge_supervised(seen, run_dir, reference, begin_unix)
     else:
         if not steps_taken(run_dir) or max(steps_taken(run_dir)) < 40:
             rest = nodes[:-1] if fault in FEWER else nodes
@@ -284,8 +286,12 @@ def _resume(
         end(hosts, processes)
 
 
-def _judge_supervised(seen: Seen, run_dir: Path, reference: Path) -> None:
+def _judge_supervised(seen: Seen, run_dir: Path, reference: Path, begin_unix: float) -> None:
     lines = supervisor_record(run_dir)
+    stopped = next((line["time"] for line in lines if line["event"] == "all stopped"), None)
+    if stopped is not None:
+        at = datetime.datetime.fromisoformat(str(stopped)).timestamp()
+        seen.exit_seconds = round(at - begin_unix, 1)
     attempts = [line for line in lines if line["event"] == "attempt"]
     first = [line for line in lines if line["event"] == "first step" and line["attempt"]]
     seen.resumed_ranks = attempts[-1]["world_size"] if len(attempts) > 1 else 0
