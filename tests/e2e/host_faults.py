@@ -203,7 +203,7 @@ class Seen:
 
     fault: str
     launcher: str
-    # From the fault to the launcher's end, or until the supervisor had stopped all; None: it ran on.
+    # From the fault to the launcher's end, or until the supervisor had stopped all ranks.
     exit_seconds: float | None = None
     exit_codes: list[int] = field(default_factory=list)
     message: str = ""  # the line that says what happened
@@ -251,12 +251,11 @@ def inject(
     seen.transcript = "\n".join(lines)
     seen.message = _message(lines)
     if launcher == "supervise":
-        _judge_supervised(seen, run_dir, reference, begin_unix)
-    else:
-        if not steps_taken(run_dir) or max(steps_taken(run_dir)) < 40:
-            rest = nodes[:-1] if fault in FEWER else nodes
-            _resume(seen, hosts, launcher, rest, arguments, run_dir, log)
-        seen.outcome = compare(reference, run_dir)
+        _judge_supervised(seen, run_dir, begin_unix)
+    if not events(run_dir, "finished"):
+        rest = nodes[:-1] if fault in FEWER else nodes
+        _resume(seen, hosts, launcher, rest, arguments, run_dir, log)
+    seen.outcome = compare(reference, run_dir)
     return seen
 
 
@@ -271,7 +270,8 @@ def _resume(
 ) -> None:
     resumed = len(events(run_dir, "resume"))
     begin = time.monotonic()
-    processes = launch(hosts, launcher, nodes, [*arguments, "--resume", "auto"], log)
+    more = [] if launcher == "supervise" else ["--resume", "auto"]
+    processes = launch(hosts, launcher, nodes, [*arguments, *more], log)
     try:
         while len(events(run_dir, "resume")) == resumed:
             if wait_all(processes, 0.05) is not None or time.monotonic() - begin > 300:
@@ -286,7 +286,7 @@ def _resume(
         end(hosts, processes)
 
 
-def _judge_supervised(seen: Seen, run_dir: Path, reference: Path, begin_unix: float) -> None:
+def _judge_supervised(seen: Seen, run_dir: Path, begin_unix: float) -> None:
     lines = supervisor_record(run_dir)
     stopped = next((line["time"] for line in lines if line["event"] == "all stopped"), None)
     if stopped is not None:
@@ -298,8 +298,7 @@ def _judge_supervised(seen: Seen, run_dir: Path, reference: Path, begin_unix: fl
     seen.first_step_seconds = first[0]["seconds"] if first else None
     ends = [line for line in lines if line["event"] == "end of attempt"]
     if ends and ends[0]["kind"] != "done":
-        seen.message = ends[0]["text"]
-    seen.outcome = compare(reference, run_dir)
+        seen.message = str(ends[0]["text"])
 
 
 def supervisor_record(run_dir: Path) -> list[dict[str, object]]:
