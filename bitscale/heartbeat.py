@@ -7,6 +7,7 @@ imports torch, so supervisors and `bitscale status` start at once.
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -28,6 +29,7 @@ Phase = Literal["start", "step", "evaluate", "save", "done", "failed"]
 Failure = Literal["", "error", "hang", "peer"]
 ENDED: tuple[Phase, ...] = ("done", "failed")
 STACK_SIGNAL = signal.SIGUSR2  # makes a living rank write the stacks of its threads
+_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _MISSED_BEATS = 3  # before a heartbeat counts as old
 _GRACE_SECONDS = 2.0  # of a machine too busy to write in time
 _SAME_PROCESS_SECONDS = 2.0  # the kernel counts start times in jiffies from a boot time
@@ -297,5 +299,8 @@ def _is_sound(heartbeat: Heartbeat) -> bool:
         all(isinstance(number, int) and number >= 0 for number in (*whole, heartbeat.step))
         and all(isinstance(number, int | float) for number in numbers)
         and isinstance(heartbeat.host, str)
+        # It goes into commands, and with the others onto terminals.
+        and _HOST.fullmatch(heartbeat.host) is not None
+        and f"{heartbeat.place}{heartbeat.waiting_for}".isprintable()
         and heartbeat.phase in get_args(Phase)
     )

@@ -3,6 +3,7 @@
 `train` sets a run up (corpora, ranks, model, engine, resumption); `_loop` is the run itself.
 """
 
+import sys
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -53,7 +54,7 @@ from bitscale.recorder import Recorder, ValidRecord, format_count, format_durati
 from bitscale.sources import StateSource, open_state
 from bitscale.telemetry import TernaryTelemetry
 from bitscale.transition import begin_transition
-from bitscale.watch import RankWatch, watch_rank
+from bitscale.watch import RankWatch, is_lost_peer, watch_rank
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,9 @@ def _train(
         session.recorder.close()
         return outcome
     finally:
-        close_mesh()
+        # Leaving a group of which ranks are lost may wait for them; this process ends anyway.
+        if not is_lost_peer(sys.exception()):
+            close_mesh()
 
 
 def _attempt(session: _Session, start: int, stop_request: StopRequest) -> Outcome:

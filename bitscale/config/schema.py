@@ -301,17 +301,17 @@ class CheckpointConfig(Section):
 class WandbConfig(Section):
     """Weights & Biases, by DeepSpeed's monitor; its key comes from the environment."""
 
-    project: str
-    group: str | None = None
-    team: str | None = None
+    project: str  # in which the run is shown
+    group: str | None = None  # of runs in it
+    team: str | None = None  # the entity; null: the account's default
 
 
 class CometConfig(Section):
     """Comet, by DeepSpeed's monitor; its key comes from the environment."""
 
-    project: str
-    workspace: str | None = None
-    experiment_name: str | None = None
+    project: str  # in which the experiment is shown
+    workspace: str | None = None  # null: the account's default
+    experiment_name: str | None = None  # null: Comet chooses one
     online: bool | None = None  # false: into an archive on disk
 
 

@@ -19,7 +19,7 @@ from bitscale.watch.lost_peers import explain, is_lost_peer
 from bitscale.watch.watchdog import EXIT_HUNG, Watchdog
 from bitscale.watch.whereabouts import place_of_error, place_of_main_thread
 
-__all__ = ["EXIT_HUNG", "RankWatch", "watch_rank"]
+__all__ = ["EXIT_HUNG", "RankWatch", "is_lost_peer", "watch_rank"]
 
 
 class RankWatch:

@@ -17,13 +17,13 @@ _POLL_SECONDS = 0.25
 _TIMED_OUT = re.compile(r"time.?out|timed out", re.IGNORECASE)
 # gloo, NCCL's watchdog, and the store through which ranks meet.
 _SIGNATURES = re.compile(
-    r"gloo/|\[c10d\]|ProcessGroup(Gloo|NCCL)|NCCL (error|communicator)|ncclRemoteError"
+    r"gloo/transport/\w+/(pair|buffer|unbound_buffer)\.|NCCL communicator|ncclRemoteError"
     r"|Connection (closed by peer|reset by peer)|clients joined|connectFullMesh"
     r"|wait timeout after \d+ms|failed to recv, got \d+ bytes"
 )
 
 
-def is_lost_peer(error: BaseException) -> bool:
+def is_lost_peer(error: BaseException | None) -> bool:
     """Whether torch.distributed failed because of another rank, or of the way to it."""
     return isinstance(error, RuntimeError) and _SIGNATURES.search(str(error)) is not None
 

@@ -104,7 +104,15 @@ def test_a_damaged_file_is_as_good_as_missing(tmp_path: Path, text: str) -> None
 
 
 def test_fields_of_the_wrong_type_are_not_believed(tmp_path: Path) -> None:
-    for field, value in (("pid", -1), ("phase", "dancing"), ("time", "now"), ("step", 1.5)):
+    for field, value in (
+        ("pid", -1),
+        ("phase", "dancing"),
+        ("time", "now"),
+        ("step", 1.5),
+        ("host", "a; reboot"),
+        ("host", "-oProxyCommand=x"),
+        ("place", "\x1b[2J"),
+    ):
         writer(tmp_path).write()
         edit(heartbeat_path(tmp_path, 0), **{field: value})
         assert read_heartbeats(tmp_path) == [], field
