@@ -29,7 +29,8 @@ set -e
 mount -t tmpfs none "$1"
 mkdir "$1/upper" "$1/work" "$1/root"
 mount -t overlay none -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$1/root"
-for name in proc dev sys; do mount --rbind "/$name" "$1/root/$name"; done
+mount -t proc none "$1/root/proc"
+for name in dev sys; do mount --rbind "/$name" "$1/root/$name"; done
 mkdir -p "$1/root/tmp" && mount -t tmpfs none "$1/root/tmp"
 mkdir -p "$1/root/rehearsal/context" "$1/root/root/.cache"
 mount --bind "$2" "$1/root/rehearsal/context"
@@ -164,7 +165,17 @@ def _enter(
 ) -> subprocess.CompletedProcess[str]:
     cache = Path.home() / ".cache"
     cache.mkdir(exist_ok=True)
-    command = ["unshare", "--mount", "bash", "-c", _ENTER, "enter"]
+    command = [
+        "unshare",
+        "--mount",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "bash",
+        "-c",
+        _ENTER,
+        "enter",
+    ]
     # Settings of pip and proxies pass, as an engine's --build-arg would hand them in.
     kept = {k: v for k, v in os.environ.items() if re.match(r"PIP_|SSL_|.*_proxy$", k, re.I)}
     # The interpreter that runs this takes the place of the base image's.
