@@ -133,9 +133,7 @@ def test_a_checkpoint_that_names_files_elsewhere_is_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize("pointer", ["latest", "latest_universal"])
 def test_a_pointer_that_leads_elsewhere_is_refused(tmp_path: Path, pointer: str) -> None:
     (tmp_path / pointer).write_text("../other-run/global_step5")
-    with pytest.raises(
-        CheckpointError, match=r"is said to be '\.\./other-run/global_step5', which"
-    ):
+    with pytest.raises(CheckpointError, match=r"is said to be '\.\./other-run/global_step5'"):
         sources.locate(tmp_path)
 
 
