@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -61,7 +62,7 @@ def _hosts_with(values: Mapping[str, str], wanted: str) -> str:
 
 
 def compare_clocks(connections: Sequence[Connection]) -> list[Finding]:
-    """How far each host's clock is from the median of them all."""
+    """How far each host's clock is from the median of them all and this one, which breaks a tie."""
     measured = on_each(clock_offset, connections)
     findings, known = [], []
     for connection, offset in zip(connections, measured, strict=True):
@@ -69,7 +70,7 @@ def compare_clocks(connections: Sequence[Connection]) -> list[Finding]:
             findings.append(unanswered(connection.host.name, "clock", offset))
         else:
             known.append((connection.host.name, *offset))
-    middle = sorted(offset for _, offset, _ in known)[len(known) // 2] if known else 0.0
+    middle = statistics.median([*(offset for _, offset, _ in known), 0.0])
     for name, ahead, error in known:
         skew = abs(ahead - middle)
         value = f"{ahead - middle:+.3f} s from the median, give or take {error:.3f} s"
