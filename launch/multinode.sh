@@ -44,7 +44,7 @@ else
   mca="--mca btl_tcp_if_include $ifname --mca oob_tcp_if_include $ifname"
   mca+=" --mca oob_tcp_keepalive_time 10 --mca oob_tcp_keepalive_intvl 10 --mca oob_tcp_keepalive_probes 3"
   mca+=" --mca plm_rsh_args '${SSH_PORT:+-p $SSH_PORT }$alive'"
-  options+=(--no_ssh_check --launcher_args "$mca")
+  options+=(--no_ssh_check "--launcher_args=$mca")
   # DeepSpeed would ask the first node for its address, which openmpi's ranks find out themselves.
   options+=(--master_addr "${MASTER_ADDR:-unused}")
 fi
