@@ -101,7 +101,6 @@ class _Supervisor:
                 return self._end(0, f"done after {_times(self.number, 'restart')}")
             if failure.kind == "stopped":
                 return self._end(failure.exit_code or EXIT_PREEMPTED, failure.text)
-            say(f"supervisor: {failure.text}")
             if failure.kind == "bad input":
                 return self._end(EXIT_BAD_INPUT, "not restarted: mend that, then start again")
             self._judge(failure)
@@ -120,19 +119,9 @@ class _Supervisor:
         wanted = [host for host in self.options.hosts if host.name not in self.left_out]
         attempt = attempts.connect(wanted, self.options.ssh, say)
         try:
-            for name, why in attempt.lost.items():
-                say(f"supervisor: without {name}: it {why}")
-            answering = [host for host in wanted if host.name not in attempt.lost]
-            hosts = largest_fit(self.cfg, answering)
-            if len(hosts) < max(1, self.options.min_hosts):
-                missing = "; ".join(f"{name} {why}" for name, why in attempt.lost.items())
-                least = max(1, self.options.min_hosts)
-                text = f"{len(hosts)} of the hosts can train, fewer than {least}: {missing}"
-                return Failure("host", text)
-            if len(hosts) < len(answering):
-                spare = ", ".join(host.name for host in answering[len(hosts) :])
-                say(f"supervisor: {spare} not used: {why_unfit(self.cfg, answering)}")
-            self._announce(hosts, attempt.lost)
+            hosts = self._choose(attempt, wanted)
+            if not hosts:
+                return self._too_few(attempt)
             attempts.start(
                 attempt,
                 hosts,
@@ -149,11 +138,35 @@ class _Supervisor:
                     seconds = round(time.monotonic() - begin, 2)
                     self.record.write("first step", attempt=self.number, step=step, seconds=seconds)
 
-            return attempts.watch(
+            failure = attempts.watch(
                 attempt, self.run_dir, self.options.bounds, stop_requested, on_step
             )
+            if failure.kind not in ("done", "stopped"):
+                say(f"supervisor: {failure.text}")
+            return failure
         finally:
             self._finish(attempt)
+
+    def _choose(self, attempt: Attempt, wanted: Sequence[Host]) -> list[Host]:
+        """Those of the hosts that answer on which the run fits, told; empty if they are too few."""
+        for name, why in attempt.lost.items():
+            say(f"supervisor: without {name}: it {why}")
+        answering = [host for host in wanted if host.name not in attempt.lost]
+        hosts = largest_fit(self.cfg, answering)
+        if len(hosts) < self.options.min_hosts or not hosts:
+            return []
+        if len(hosts) < len(answering):
+            spare = ", ".join(host.name for host in answering[len(hosts) :])
+            say(f"supervisor: {spare} not used: {why_unfit(self.cfg, answering)}")
+        self._announce(hosts, attempt.lost)
+        return hosts
+
+    def _too_few(self, attempt: Attempt) -> Failure:
+        missing = "; ".join(f"{name} {why}" for name, why in attempt.lost.items())
+        least = max(1, self.options.min_hosts)
+        text = f"the hosts that answer cannot train on {least} or more of them: {missing}"
+        say(f"supervisor: {text}")
+        return Failure("host", text)
 
     def _finish(self, attempt: Attempt) -> None:
         """Nothing of this attempt is left anywhere when this returns, wherever it was reachable;
@@ -186,9 +199,10 @@ class _Supervisor:
             * max(1, world_size // (self.cfg.parallel.tp * self.cfg.parallel.pp))
         )
         say(
-            f"supervisor: attempt {self.number}: {world_size} ranks on {', '.join(names)}; the "
-            f"global batch of {self.cfg.train.global_batch_size} by accumulating {accumulate} "
-            "micro-batches"
+            f"supervisor: attempt {self.number}: {_times(world_size, 'rank')} on "
+            f"{', '.join(names)}; the "
+            f"global batch of {self.cfg.train.global_batch_size} by accumulating "
+            f"{_times(accumulate, 'micro-batch', 'es')}"
         )
         self.record.write(
             "attempt",
@@ -246,5 +260,5 @@ def _latest_checkpoint(run_dir: Path) -> str:
         return ""
 
 
-def _times(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _times(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}{'' if number == 1 else plural}"
