@@ -294,9 +294,10 @@ class _Eyes:
             if beat.rank not in self.attempt.ends
             and now - self.seen[beat.rank][1] > self.bounds.heartbeat_seconds
         ]
-        # All at once is the file system's doing, or a full disk's, and no rank's.
-        if old and len(old) < len(self.attempt.host_of):
-            return self._blame(old, "has not written its heartbeat", now)
+        # All at once is the file system's doing, or a full disk's, unless they are stopped.
+        stopped = [beat for beat in old if self._state(beat) == "T"]
+        if stopped or (old and len(old) < len(self.attempt.host_of)):
+            return self._blame(stopped or old, "has not written its heartbeat", now)
         if now - self.progress_at > self.bounds.stall_seconds:
             behind = min(beats, key=lambda beat: (beat.step, beat.phase_since), default=None)
             if behind is None:
@@ -310,11 +311,15 @@ class _Eyes:
         link = self.attempt.links.get(self.attempt.host_of.get(beat.rank, ""))
         return link is not None and link.pids.get(str(beat.rank)) == beat.pid
 
+    def _state(self, beat: Heartbeat) -> str:
+        """What the kernel of its host says of it."""
+        return self.attempt.links[self.attempt.host_of[beat.rank]].states.get(str(beat.rank), "")
+
     def _blame(self, beats: list[Heartbeat], what: str, now: float) -> Failure:
         first = beats[0]
         seconds = now - min(self.seen[first.rank][1], self.progress_at)
-        host = self.attempt.host_of.get(first.rank, first.host)
-        state = _STATES.get(self.attempt.links[host].states.get(str(first.rank), ""), "")
+        host = self.attempt.host_of[first.rank]
+        state = _STATES.get(self._state(first), "")
         doing = f"in phase {first.phase} of step {first.step}"
         if first.waiting_for:
             doing += f", waiting for {first.waiting_for}"
