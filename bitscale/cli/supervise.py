@@ -73,7 +73,7 @@ def _add_bounds(parser: argparse.ArgumentParser) -> None:
         ("connect", 30, "until a host has answered"),
         ("host", 30, "that a host may be silent; its ranks then end by themselves"),
         ("heartbeat", 60, "that one rank may write no heartbeat while others do"),
-        ("stall", 1800, "without a step on any rank (compilation and saving included)"),
+        ("stall", 1800, "without progress on any rank (compilation and saving included)"),
         ("save", 300, "from a request to stop to the last rank's end"),
     ):
         parser.add_argument(

@@ -274,6 +274,7 @@ class _Eyes:
         self.bounds = bounds
         self.attempt = attempt
         self.seen: dict[int, tuple[float, float]] = {}  # rank: what it wrote, when it was new here
+        self.newest = 0.0  # of the times at which ranks came to what they do now
         self.steps_done = -1
         self.progress_at = time.monotonic()
 
@@ -283,11 +284,14 @@ class _Eyes:
         for beat in beats:
             if self.seen.get(beat.rank, (0.0, 0.0))[0] != beat.time:
                 self.seen[beat.rank] = (beat.time, now)
+        newest = max((beat.phase_since for beat in beats), default=0.0)
+        if newest != self.newest:  # a batch of an evaluation and a rollback are progress, too
+            self.newest, self.progress_at = newest, now
         if len(beats) == len(self.attempt.host_of):
             done = min(beat.step for beat in beats)
             if done > self.steps_done and any(beat.phase != "start" for beat in beats):
                 on_step(done)
-                self.steps_done, self.progress_at = done, now
+                self.steps_done = done
         old = [
             beat
             for beat in beats
@@ -301,9 +305,9 @@ class _Eyes:
         if now - self.progress_at > self.bounds.stall_seconds:
             behind = min(beats, key=lambda beat: (beat.step, beat.phase_since), default=None)
             if behind is None:
-                text = f"no rank has come to a step in {now - self.progress_at:.0f} s"
+                text = f"no rank has written a heartbeat in {now - self.progress_at:.0f} s"
                 return Failure("stall", text)
-            return self._blame([behind], "and all others took no step", now)
+            return self._blame([behind], "and all others made no progress", now)
         return None
 
     def _is_ours(self, beat: Heartbeat) -> bool:
