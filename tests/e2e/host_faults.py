@@ -320,8 +320,11 @@ def compare(reference: Path, run_dir: Path) -> str:
     """How a continued run differs from one that was never interrupted."""
     if not events(run_dir, "finished"):
         return "not finished"
-    found = differences(reference, run_dir)
-    if not found:
+    launches = [*events(run_dir, "start"), *events(run_dir, "resume")]
+    same_size = {line["world_size"] for line in launches} == {
+        line["world_size"] for line in events(reference, "start")
+    }
+    if same_size and not differences(reference, run_dir):
         return "bitwise the uninterrupted run"
     theirs = {line["step"]: line["loss"] for line in metrics(reference, "train")}
     ours = {line["step"]: line["loss"] for line in metrics(run_dir, "train")}
