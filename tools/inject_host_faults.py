@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "e2e"))
 
 from bitscale.run import versions
-from host_faults import FAULTS, LAUNCHERS, SUPERVISE, WATCH, Seen, inject
+from host_faults import FAULTS, LAUNCHERS, SUPERVISE, WATCH, Seen, inject, message_of
 from netns_hosts import make_hosts, why_not
 from runs import KEEP_ALL, prepare_corpus, train, write_config
 
@@ -123,6 +123,9 @@ def _cells(seen: Seen) -> list[str]:
 
 def _report(work: Path) -> str:
     found = [Seen(**json.loads(path.read_text())) for path in sorted(work.glob("*-*.json"))]
+    for seen in found:
+        if seen.launcher != "supervise":
+            seen.message = message_of(seen.transcript.splitlines())
     text = (work / "text").read_text()
     lines = ["# Faults of hosts\n"]
     bounds = {"watch": ", ".join(WATCH), "supervise": " ".join(SUPERVISE)}

@@ -301,13 +301,16 @@ class _Eyes:
         # All at once is the file system's doing, or a full disk's, unless they are stopped.
         stopped = [beat for beat in old if self._state(beat) == "T"]
         if stopped or (old and len(old) < len(self.attempt.host_of)):
-            return self._blame(stopped or old, "has not written its heartbeat", now)
+            late = stopped or old
+            seconds = now - self.seen[late[0].rank][1]
+            return self._blame(late, "has not written its heartbeat", seconds)
         if now - self.progress_at > self.bounds.stall_seconds:
             behind = min(beats, key=lambda beat: (beat.step, beat.phase_since), default=None)
             if behind is None:
                 text = f"no rank has written a heartbeat in {now - self.progress_at:.0f} s"
                 return Failure("stall", text)
-            return self._blame([behind], "and all others made no progress", now)
+            seconds = now - self.progress_at
+            return self._blame([behind], "and all others made no progress", seconds)
         return None
 
     def _is_ours(self, beat: Heartbeat) -> bool:
@@ -319,12 +322,11 @@ class _Eyes:
         """What the kernel of its host says of it."""
         return self.attempt.links[self.attempt.host_of[beat.rank]].states.get(str(beat.rank), "")
 
-    def _blame(self, beats: list[Heartbeat], what: str, now: float) -> Failure:
+    def _blame(self, beats: list[Heartbeat], what: str, seconds: float) -> Failure:
         first = beats[0]
-        seconds = now - min(self.seen[first.rank][1], self.progress_at)
         host = self.attempt.host_of[first.rank]
         state = _STATES.get(self._state(first), "")
-        doing = f"in phase {first.phase} of step {first.step}"
+        doing = f"last in phase {first.phase} of step {first.step}"
         if first.waiting_for:
             doing += f", waiting for {first.waiting_for}"
         text = (

@@ -249,7 +249,7 @@ def inject(
         end(hosts, processes)
     lines = [line for line in said.splitlines() if line.strip() and not _STEP_LINE.match(line)]
     seen.transcript = "\n".join(lines)
-    seen.message = _message(lines)
+    seen.message = message_of(lines)
     if launcher == "supervise":
         _judge_supervised(seen, run_dir, begin_unix)
     if not events(run_dir, "finished"):
@@ -334,9 +334,14 @@ def compare(reference: Path, run_dir: Path) -> str:
     return f"losses within {worst:.1e} of the uninterrupted run"
 
 
-def _message(lines: Sequence[str]) -> str:
-    """The line that says most: ours before torch's or mpirun's."""
-    for pattern in (r"supervisor: .*(rank|host)", r"error.*: ", r"rank|node|host"):
+def message_of(lines: Sequence[str]) -> str:
+    """The line that says most: the supervisor's, then what a rank says of another, then others'."""
+    for pattern in (
+        r"supervisor: .*(rank|host)",
+        r"(^|\] ?|: )error.*rank \d+ on \w+",
+        r"(^|: )error: ",
+        r"exits with return code|exited|non-zero|Root Cause",
+    ):
         for line in lines:
             if re.search(pattern, line):
                 return line.strip()[:400]
