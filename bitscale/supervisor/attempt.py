@@ -185,7 +185,7 @@ def watch(
             next_beat = now + _BEAT_SECONDS
         if stop_requested() and asked_at is None:
             asked_at = now
-            attempt.say("stopping: every rank saves first")
+            attempt.say("supervisor: stopping; every rank saves first")
             for link in attempt.links.values():
                 link.send("signal", number=int(signal.SIGTERM))
         if asked_at is not None and now - asked_at > bounds.save_seconds:
