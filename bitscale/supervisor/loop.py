@@ -78,10 +78,12 @@ def supervise(cfg: Config, options: Options) -> int:
         raise ConfigError(why_unfit(cfg, options.hosts))
     run_dir = Path(cfg.run.dir)
     with run_lock.hold(run_dir, name=LOCK_NAME), StopRequest(repeats_kill=False) as request:
-        return _Supervisor(cfg, options, run_dir).run(lambda: request.received)
+        return Supervisor(cfg, options, run_dir).run(lambda: request.received)
 
 
-class _Supervisor:
+class Supervisor:
+    """Attempts one after the other, and what is remembered from one to the next."""
+
     def __init__(self, cfg: Config, options: Options, run_dir: Path) -> None:
         self.cfg = cfg
         self.options = options
@@ -125,9 +127,9 @@ class _Supervisor:
             attempts.start(
                 attempt,
                 hosts,
-                self._command(),
+                self.command(),
                 exported(os.environ) | {ATTEMPT_VARIABLE: str(self.number)},
-                self.options.master_address or hosts[0].name,
+                self.options.master_address or hosts[0].name.rpartition("@")[2],
                 self.options.master_port,
             )
             steps: list[int] = []
@@ -214,7 +216,8 @@ class _Supervisor:
             from_checkpoint=_latest_checkpoint(self.run_dir),
         )
 
-    def _command(self) -> list[str]:
+    def command(self) -> list[str]:
+        """What a rank is started with."""
         begun = (self.run_dir / "metrics.jsonl").exists()  # then it knows what it began from
         resume = ["--resume", "auto" if begun else self.options.resume]
         module = [sys.executable, "-u", "-m", "bitscale.cli.main", "train"]
