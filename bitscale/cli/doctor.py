@@ -133,7 +133,7 @@ def _cluster(args: argparse.Namespace) -> tuple[Examination, int]:
         hosts=hosts,
         local=args.hostfile is None,
         ssh=shlex.split(args.ssh),
-        environment=exported(os.environ),
+        environment={} if args.hostfile is None else exported(os.environ),
         port=args.port or int(os.environ.get("MASTER_PORT", _MASTER_PORT)),
         config=cfg,
         # Absolute: hosts must mean the same directory.

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from bitscale.cli.main import main
@@ -308,6 +309,22 @@ def test_a_host_that_dies_hangs_or_chatters_is_a_failure_with_its_words() -> Non
     finally:
         for connection in connections:
             connection.close()
+
+
+def test_the_agent_ends_its_ranks_when_the_doctor_goes() -> None:
+    """A rank that waits for another that never comes; the doctor is gone in the middle."""
+    connection = Connection(Host("here", 1), agent_command(None, [], {}))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "2",
+              "BITSCALE_DOCTOR_DEVICE": "cpu", "BITSCALE_DOCTOR_LEADERS": "0"}  # fmt: skip
+    agent = psutil.Process(connection._process.pid)
+    with pytest.raises(HostFailure, match="no answer to 'ranks'"):
+        connection.ask("ranks", seconds=3, ranks=[1], environment=shared, limit_seconds=120)
+    children = agent.children(recursive=True)
+    connection.close()
+    gone, alive = psutil.wait_procs([agent, *children], timeout=20)
+    assert (len(gone) > 0, alive) == (True, [])
+    with pytest.raises(HostFailure, match="no answer to 'ranks'"):
+        connection.ask("time", seconds=3)
 
 
 class Told(Connection):
