@@ -19,9 +19,10 @@ LISTEN = "0A"
 ISOLATE = """\
 set -e
 ip link set lo up
-ip link add eth0 type dummy
+ip link add eth0 type veth peer name eth1
 ip address add 10.9.9.9/24 dev eth0
 ip link set eth0 up
+ip link set eth1 up
 hostname reachable
 printf '127.0.0.1 localhost\\n10.9.9.9 reachable\\n' >"$1"
 mount --bind "$1" /etc/hosts
@@ -33,7 +34,7 @@ exec "$@"
 def why_not() -> str:
     if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
         return "network namespaces need Linux, root and iproute2"
-    command = ["unshare", "--net", "--uts", "--mount", "sh", "-c", "ip link add x type dummy"]
+    command = ["unshare", "--net", "--uts", "--mount", "sh", "-c", "ip link add x type veth peer name y"]
     done = subprocess.run(command, capture_output=True, text=True)
     return f"no network namespaces here: {done.stderr.strip()}" if done.returncode else ""
 
