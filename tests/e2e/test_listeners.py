@@ -34,7 +34,15 @@ exec "$@"
 def why_not() -> str:
     if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
         return "network namespaces need Linux, root and iproute2"
-    command = ["unshare", "--net", "--uts", "--mount", "sh", "-c", "ip link add x type veth peer name y"]
+    command = [
+        "unshare",
+        "--net",
+        "--uts",
+        "--mount",
+        "sh",
+        "-c",
+        "ip link add x type veth peer name y",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     return f"no network namespaces here: {done.stderr.strip()}" if done.returncode else ""
 

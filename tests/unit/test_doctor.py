@@ -469,3 +469,13 @@ def test_hosts_that_say_the_same_share_a_line() -> None:
     assert lines[1].split() == ["warn", "open", "files", "n3", "limit", "200"]
     assert lines[2].strip() == "-> raise nofile"
     assert lines[-1] == "5 hosts: fit for a run (5 ok, 1 warnings, 0 failed)"
+
+
+def test_sound_checks_in_many_words_share_a_line() -> None:
+    findings = [Finding(f"n{i}", Check("memory", "ok", f"{i} GiB free")) for i in range(5)]
+    findings.append(Finding("n5", Check("memory", "warn", "5 GiB swapped out", "look")))
+    lines = show(findings, 6).splitlines()
+    assert lines[0].split()[:2] == ["ok", "memory"]
+    assert "0 GiB free; the others are sound, too" in lines[0]
+    assert "n0, n1, n2 +2" in lines[0]
+    assert lines[1].split()[:3] == ["warn", "memory", "n5"]
