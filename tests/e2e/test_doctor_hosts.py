@@ -97,7 +97,8 @@ def test_each_fault_is_found_on_the_host_that_has_it(hosts: Any, tmp_path: Path)
     )
     try:
         hostfile = hosts.hostfile(1, ["node1", "node2", "node9"])
-        code, said = doctor(hosts, "--hostfile", hostfile, "--config", config, "--no-network")
+        options = ["--config", config, "--no-network", "--share-seconds", 2]
+        code, said = doctor(hosts, "--hostfile", hostfile, *options)
     finally:
         holder.kill()
         holder.wait()

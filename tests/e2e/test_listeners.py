@@ -14,6 +14,7 @@ from runs import environment, train_command
 pytestmark = pytest.mark.e2e
 
 LISTEN = "0A"
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 # A network of its own, in which this host's name means an address that others could reach: gloo
 # would listen there if it were not told otherwise.
 ISOLATE = """\
@@ -32,18 +33,11 @@ exec "$@"
 
 
 def why_not() -> str:
-    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
+    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip", path=PATH) is None:
         return "network namespaces need Linux, root and iproute2"
-    command = [
-        "unshare",
-        "--net",
-        "--uts",
-        "--mount",
-        "sh",
-        "-c",
-        "ip link add x type veth peer name y",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    probe = "ip link add x type veth peer name y"
+    command = ["unshare", "--net", "--uts", "--mount", "sh", "-c", probe]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": PATH})
     return f"no network namespaces here: {done.stderr.strip()}" if done.returncode else ""
 
 
@@ -69,7 +63,8 @@ def test_a_single_process_listens_on_loopback_only(config_file: Path, tmp_path: 
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*isolate, str(tmp_path / "hosts"), *train],
-            env=environment(), stdout=output, stderr=output,
+            env=environment() | {"PATH": f"{Path(sys.executable).parent}:{PATH}"},
+            stdout=output, stderr=output,
         )  # fmt: skip
         seen: set[str] = set()
         deadline = time.monotonic() + 240

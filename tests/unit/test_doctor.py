@@ -349,10 +349,7 @@ def test_a_skewed_clock_is_told_from_the_majority() -> None:
     assert checks["b"].value.startswith("-3.00")
 
 
-def test_a_directory_that_one_host_does_not_share(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bitscale.doctor.compare._VISIBLE_SECONDS", 0.1)
+def test_a_directory_that_one_host_does_not_share(tmp_path: Path) -> None:
     alone = {"tokens": {}, "kind": "ext4"}
     hosts = [
         Told("a"),
@@ -360,7 +357,7 @@ def test_a_directory_that_one_host_does_not_share(
         Told("c", tokens={"tokens": {}, "kind": "missing"}, put_token="No such file"),
         Told("d", put_token="Read-only file system"),
     ]
-    checks = {f.host: f.check for f in compare_directory(hosts, str(tmp_path / "run"))}
+    checks = {f.host: f.check for f in compare_directory(hosts, str(tmp_path / "run"), 0.1)}
     assert [checks[name].state for name in "abcd"] == ["ok", "fail", "fail", "fail"]
     assert "is ext4 here and not the one of a" in checks["b"].value
     assert checks["c"].value == f"{tmp_path} does not exist here"
