@@ -35,7 +35,7 @@ A run is one YAML file with the sections below, and dotted overrides on the comm
 - Every key is checked, alone and together with the others, before anything is started
   (`bitscale/config/checks.py`). The resolved configuration is in `RUN/config.yaml` and in every
   checkpoint; its hash covers every key that can change the numbers of a run: all but `run`, `log`,
-  `checkpoint` and `train.stop_step`.
+  `checkpoint`, `watch` and `train.stop_step`.
 """
 
 

@@ -1,7 +1,8 @@
 """The `bitscale` command: subcommands, exit codes, nothing else.
 
-0 done; 1 a failure inside (traceback); 2 bad input, one line on stderr; 75 stopped by a signal
-after saving (EX_TEMPFAIL: launch again with --resume auto).
+0 done; 1 a failure inside (traceback); 2 bad input, one line on stderr; 3 a rank hung; 4 another
+rank was lost; 75 stopped by a signal after saving (EX_TEMPFAIL). After 3, 4 and 75 launch again
+with --resume auto.
 """
 
 import argparse
@@ -22,13 +23,17 @@ from bitscale.cli import (
     prepare,
     probe,
     report,
+    runs,
+    status,
+    supervise,
     train,
     verify,
 )
-from bitscale.errors import BitscaleError, ConfigError, TrainingFault
+from bitscale.errors import BitscaleError, ConfigError, PeerLost, TrainingFault
 
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
+EXIT_PEER_LOST = 4  # 3 is watch.EXIT_HUNG
 _SILENT_RANK_SECONDS = 10.0
 
 
@@ -45,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare,
         plan,
         train,
+        supervise,
         evaluate,
         probe,
         export,
@@ -52,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         inspect,
         verify,
         report,
+        status,
+        runs,
         config,
         doctor,
     ):
@@ -68,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except BitscaleError as error:
         _print_error(error)
+        if isinstance(error, PeerLost):
+            return EXIT_PEER_LOST
         return EXIT_FAILURE if isinstance(error, TrainingFault) else EXIT_BAD_INPUT
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; Python would complain at exit too.

@@ -37,6 +37,7 @@ from bitscale.config.load import (
 from bitscale.config.schema import (
     Checkpointing,
     Config,
+    LogConfig,
     ModelConfig,
     OptimConfig,
     OptimizerState,
@@ -54,6 +55,7 @@ __all__ = [
     "Amendments",
     "Checkpointing",
     "Config",
+    "LogConfig",
     "ModelConfig",
     "OptimConfig",
     "OptimizerState",

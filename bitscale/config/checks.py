@@ -30,6 +30,8 @@ _OWNED_DEEPSPEED_KEYS = {
     "optimizer": "optim",
     "scheduler": "optim.schedule",
     "pipeline": "parallel.pp",
+    "wandb": "log.wandb",
+    "comet": "log.comet",
 }
 
 

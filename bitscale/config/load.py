@@ -114,10 +114,11 @@ _Dumper.add_implicit_resolver(
 def config_hash(cfg: Config) -> str:
     """SHA-256 (12 hex digits) over every key that can change the numbers of a run.
 
-    Left out: where it is written, how often it logs and saves, and when this session stops.
+    Left out: where it is written, how often it logs and saves, how it is watched, and when this
+    session stops.
     """
     tree = to_tree(cfg)
-    for section in ("run", "log", "checkpoint"):
+    for section in ("run", "log", "checkpoint", "watch"):
         del tree[section]
     tree["train"].pop("stop_step", None)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
