@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+import netns_hosts
+
 pytestmark = pytest.mark.e2e
 
-netns_hosts = pytest.importorskip("netns_hosts")
 ROOT = Path(__file__).parents[2]
 PORT = 29517
 # On the host whose clock is wrong: Python starts with this, so that time.time() is 30 s ahead.
