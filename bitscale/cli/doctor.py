@@ -45,6 +45,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--answer-seconds", type=float, default=60.0, metavar="S", help="to wait for a host (60)"
     )
+    parser.add_argument(
+        "--share-seconds",
+        type=float,
+        default=15.0,
+        metavar="S",
+        help="to wait until a host sees the files of the others (15; NFS shows them late)",
+    )
     parser.add_argument("--no-network", action="store_true", help="measure no all-reduce")
     parser.add_argument("--local", action="store_true", help="this host by itself only")
     parser.add_argument("--quick", action="store_true", help="with --local: import no torch")
@@ -133,12 +140,13 @@ def _cluster(args: argparse.Namespace) -> tuple[Examination, int]:
         hosts=hosts,
         local=args.hostfile is None,
         ssh=shlex.split(args.ssh),
-        environment=exported(os.environ),
+        environment={} if args.hostfile is None else exported(os.environ),
         port=args.port or int(os.environ.get("MASTER_PORT", _MASTER_PORT)),
         config=cfg,
         # Absolute: hosts must mean the same directory.
         run_dir=None if run_dir is None else str(run_dir.absolute()),
         with_network=not args.no_network,
         answer_seconds=args.answer_seconds,
+        share_seconds=args.share_seconds,
     )
     return examine_cluster(request), len(hosts)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import queue
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -121,6 +122,7 @@ class Agent:
         """Run `bitscale.doctor.ranks` as each of `ranks` and wait: results and errors by rank."""
         command = [sys.executable, "-m", "bitscale.doctor.ranks"]
         with ExitStack() as stack:
+            self._ranks = []
             logs = [[stack.enter_context(tempfile.TemporaryFile()) for _ in "oe"] for _ in ranks]
             for local, (rank, (out, err)) in enumerate(zip(ranks, logs, strict=True)):
                 own = {"RANK": rank, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": len(ranks)}
@@ -156,7 +158,6 @@ class Agent:
             if process.poll() is None:
                 process.kill()
             process.wait()
-        self._ranks.clear()
 
 
 def _accept(listener: socket.socket) -> None:
@@ -202,24 +203,30 @@ def _last_line(file: Any) -> str:
     return lines[-1][:2000] if lines else "no message"
 
 
-def main() -> int:
+def main() -> NoReturn:
     # Libraries print; the protocol keeps stdout to itself.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     agent = Agent()
-    try:
-        for line in sys.stdin:
-            request = json.loads(line)
-            try:
-                answer = {"answer": getattr(agent, request.pop("do"))(**request)}
-            except Exception as error:  # told to the other side, which names this host
-                answer = {"error": f"{type(error).__name__}: {error}"}
-            answers.write(f"{MARK}{json.dumps(answer)}\n")
-            answers.flush()
-    finally:
-        agent.stop()
-    return 0
+    lines: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=_read, args=(lines, agent), daemon=True).start()
+    while True:
+        request = json.loads(lines.get())
+        try:
+            answer = {"answer": getattr(agent, request.pop("do"))(**request)}
+        except Exception as error:  # told to the other side, which names this host
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(f"{MARK}{json.dumps(answer)}\n")
+        answers.flush()
+
+
+def _read(lines: queue.Queue[str], agent: Agent) -> NoReturn:
+    """Beside the work, which may take minutes: the end of the input ends this process at once."""
+    for line in sys.stdin:
+        lines.put(line)
+    agent.stop()
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

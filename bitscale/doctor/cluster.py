@@ -37,7 +37,8 @@ class Request:
     config: Config | None
     run_dir: str | None
     with_network: bool
-    answer_seconds: float = 60.0  # for a host's first answer: connecting, starting Python
+    answer_seconds: float  # for a host's first answer: connecting, starting Python
+    share_seconds: float  # until a host sees what others wrote
 
 
 def examine_cluster(request: Request) -> Examination:
@@ -116,7 +117,7 @@ def _examine_together(
     if len(alive) > 1:
         findings += compare_clocks(alive)
         if request.run_dir is not None:
-            findings += compare_directory(alive, request.run_dir)
+            findings += compare_directory(alive, request.run_dir, request.share_seconds)
     meeting_findings, meeting = find_meeting(alive, request.port, request.environment)
     findings += meeting_findings
     if not request.with_network or meeting is None or sum(c.host.slots for c in alive) < 2:

@@ -52,17 +52,21 @@ class Connection:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
+        self._silent = ""  # why it is not asked any more
         threading.Thread(target=self._read, daemon=True).start()
 
     def ask(self, do: str, *, seconds: float, **arguments: Any) -> Any:
         """The agent's answer. HostFailure if there is none in time, or it is an error."""
+        if self._silent:  # its answers would be taken for those to later questions
+            raise HostFailure(self._silent)
         try:
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
             line = self._lines.get(timeout=seconds)
         except queue.Empty:
-            raise HostFailure(f"no answer to {do!r} within {seconds:.0f} s") from None
+            self._silent = f"no answer to {do!r} within {seconds:.0f} s"
+            raise HostFailure(self._silent) from None
         except OSError:
             line = None
         if line is None:

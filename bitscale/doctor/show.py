@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from bitscale.doctor.check import Check, Finding, has_failed
 
 _NAMED_HOSTS = 3
+_DISTINCT_ROWS = 3  # of one sound check; free memory and load are other numbers on every host
 _NARROW = 24  # columns of text below which a remedy is not worth wrapping
 
 
 def show(findings: Sequence[Finding], num_hosts: int) -> str:
     """A line for each distinct finding, hosts that say the same together; remedies below it."""
-    groups: dict[Check, list[str]] = {}
-    for finding in findings:
-        groups.setdefault(finding.check, []).append(finding.host)
+    groups = _groups(findings)
     rows = [
         (check, _hosts(hosts, num_hosts), f"{check.state:4}  {check.name}")
         for check, hosts in groups.items()
@@ -37,6 +37,22 @@ def show(findings: Sequence[Finding], num_hosts: int) -> str:
                                        subsequent_indent=indent + "   ",
                                        break_on_hyphens=False))  # fmt: skip
     return "\n".join([*lines, "", summary(findings, num_hosts)]) + "\n"
+
+
+def _groups(findings: Sequence[Finding]) -> dict[Check, list[str]]:
+    """Hosts by what was found; what is sound, but on many hosts in other words, is one group."""
+    groups: dict[Check, list[str]] = {}
+    for finding in findings:
+        groups.setdefault(finding.check, []).append(finding.host)
+    sound = Counter(check.name for check in groups if check.state == "ok")
+    joined: dict[Check, list[str]] = {}
+    first: dict[str, Check] = {}
+    for check, hosts in groups.items():
+        if check.state == "ok" and sound[check.name] > _DISTINCT_ROWS:
+            short = replace(check, value=f"{check.value}; the others are sound, too")
+            check = first.setdefault(check.name, short)
+        joined.setdefault(check, []).extend(hosts)
+    return joined
 
 
 def summary(findings: Sequence[Finding], num_hosts: int) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from bitscale.cli.main import main
@@ -310,6 +311,22 @@ def test_a_host_that_dies_hangs_or_chatters_is_a_failure_with_its_words() -> Non
             connection.close()
 
 
+def test_the_agent_ends_its_ranks_when_the_doctor_goes() -> None:
+    """A rank that waits for another that never comes; the doctor is gone in the middle."""
+    connection = Connection(Host("here", 1), agent_command(None, [], {}))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "2",
+              "BITSCALE_DOCTOR_DEVICE": "cpu", "BITSCALE_DOCTOR_LEADERS": "0"}  # fmt: skip
+    agent = psutil.Process(connection._process.pid)
+    with pytest.raises(HostFailure, match="no answer to 'ranks'"):
+        connection.ask("ranks", seconds=3, ranks=[1], environment=shared, limit_seconds=120)
+    children = agent.children(recursive=True)
+    connection.close()
+    gone, alive = psutil.wait_procs([agent, *children], timeout=20)
+    assert (len(gone) > 0, alive) == (True, [])
+    with pytest.raises(HostFailure, match="no answer to 'ranks'"):
+        connection.ask("time", seconds=3)
+
+
 class Told(Connection):
     """A connection to an agent in this process, of which single answers are replaced."""
 
@@ -332,10 +349,7 @@ def test_a_skewed_clock_is_told_from_the_majority() -> None:
     assert checks["b"].value.startswith("-3.00")
 
 
-def test_a_directory_that_one_host_does_not_share(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bitscale.doctor.compare._VISIBLE_SECONDS", 0.1)
+def test_a_directory_that_one_host_does_not_share(tmp_path: Path) -> None:
     alone = {"tokens": {}, "kind": "ext4"}
     hosts = [
         Told("a"),
@@ -343,7 +357,7 @@ def test_a_directory_that_one_host_does_not_share(
         Told("c", tokens={"tokens": {}, "kind": "missing"}, put_token="No such file"),
         Told("d", put_token="Read-only file system"),
     ]
-    checks = {f.host: f.check for f in compare_directory(hosts, str(tmp_path / "run"))}
+    checks = {f.host: f.check for f in compare_directory(hosts, str(tmp_path / "run"), 0.1)}
     assert [checks[name].state for name in "abcd"] == ["ok", "fail", "fail", "fail"]
     assert "is ext4 here and not the one of a" in checks["b"].value
     assert checks["c"].value == f"{tmp_path} does not exist here"
@@ -452,3 +466,13 @@ def test_hosts_that_say_the_same_share_a_line() -> None:
     assert lines[1].split() == ["warn", "open", "files", "n3", "limit", "200"]
     assert lines[2].strip() == "-> raise nofile"
     assert lines[-1] == "5 hosts: fit for a run (5 ok, 1 warnings, 0 failed)"
+
+
+def test_sound_checks_in_many_words_share_a_line() -> None:
+    findings = [Finding(f"n{i}", Check("memory", "ok", f"{i} GiB free")) for i in range(5)]
+    findings.append(Finding("n5", Check("memory", "warn", "5 GiB swapped out", "look")))
+    lines = show(findings, 6).splitlines()
+    assert lines[0].split()[:2] == ["ok", "memory"]
+    assert "0 GiB free; the others are sound, too" in lines[0]
+    assert "n0, n1, n2 +2" in lines[0]
+    assert lines[1].split()[:3] == ["warn", "memory", "n5"]
