@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -274,11 +274,6 @@ def missing_ranks(heartbeats: list[Heartbeat]) -> list[int]:
         return []
     present = {heartbeat.rank for heartbeat in heartbeats}
     return [rank for rank in range(heartbeats[0].world_size) if rank not in present]
-
-
-def as_json(heartbeat: Heartbeat) -> dict[str, object]:
-    """The fields, as they stand in the file."""
-    return asdict(heartbeat)
 
 
 def _read(path: Path) -> Heartbeat | None:

@@ -74,7 +74,7 @@ def read_status(run_dir: Path) -> RunStatus:
     now = time.time()
     tail, beats = read_tail(run_dir), read_heartbeats(run_dir)
     ranks = _rank_statuses(beats, now)
-    state, why = _judge(tail, ranks, _latest_write(beats), now)
+    state, why = _judge(tail, ranks, beats, now)
     train, speed = tail.train or {}, tail.speed or {}
     strength = train.get("lambda_weight")
     slowest, slowdown = _slowest(speed, len(ranks))
@@ -151,13 +151,13 @@ def _rank_state(beat: Heartbeat, now: float) -> RankState:
         return "done"
     if beat.phase == "failed":
         return "failed"
-    if beat.is_local() and beat.process() is None:
-        return "gone"
+    if beat.is_local():  # where a late heartbeat is only a busy machine's, or a full disk's
+        return "gone" if beat.process() is None else "alive"
     return "alive" if beat.is_fresh(now) else "silent"
 
 
 def _judge(
-    tail: Tail, ranks: Sequence[RankStatus], latest_write: float, now: float
+    tail: Tail, ranks: Sequence[RankStatus], beats: Sequence[Heartbeat], now: float
 ) -> tuple[State, str]:
     alive = [rank for rank in ranks if rank.state == "alive"]
     if alive:
@@ -165,7 +165,8 @@ def _judge(
     event = tail.event or {}
     if event.get("event") == "finished":
         return "finished", ""
-    if event.get("event") == "preempted" and event["unix_seconds"] >= latest_write - 60:
+    newest = max((beat.started for beat in beats), default=0.0)
+    if event.get("event") == "preempted" and event["unix_seconds"] >= newest:
         return "stopped", "by a signal, after saving"
     if not ranks:
         return "unknown", "it writes no heartbeats (watch.heartbeat_seconds=0, or an older version)"
@@ -174,7 +175,7 @@ def _judge(
         return "failed", _blame(failed, ranks)
     if all(rank.state == "done" for rank in ranks):
         return "stopped", "at train.stop_step, or by a signal"
-    last = format_duration(now - latest_write)
+    last = format_duration(min(beat.age_seconds(now) for beat in beats))
     return "killed", f"no process is left; the last heartbeat came {last} ago"
 
 
@@ -209,10 +210,6 @@ def _judge_living(
         since = format_duration(latest.progress_seconds)
         return "stalled", f"no progress for {since}; look at rank {one.rank} on {one.host}"
     return "running", latest.phase
-
-
-def _latest_write(beats: Sequence[Heartbeat]) -> float:
-    return max((beat.time for beat in beats), default=0.0)
 
 
 def _lambda_phase(strength: float | None) -> Literal["16 bit", "ramp", "ternary"] | None:

@@ -5,12 +5,14 @@ watchdog and errors all tell it the same way, whoever made the call (we, DeepSpe
 """
 
 import linecache
+import re
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 
+import bitscale
 from bitscale.heartbeat import Place
 
 _COLLECTIVES = "torch/distributed/distributed_c10d.py"
@@ -18,7 +20,9 @@ _COLLECTIVES = "torch/distributed/distributed_c10d.py"
 # queue a collective may stand.
 _ASYNCHRONOUS = ".wait("
 _DEVICE = (".item(", ".tolist(", ".synchronize(", ".cpu(")
-_NOT_OURS = ("/torch/", "/threading.py", "/contextlib.py")
+_TORCH = re.compile(r"/(site|dist)-packages/torch/|/lib/python3\.\d+/(threading|contextlib)\.py$")
+_PACKAGES = re.compile(r".*/(site|dist)-packages/")
+_OURS = f"{Path(bitscale.__file__).parent}/"
 _Step = tuple[str, int, str]  # file, line, function
 
 
@@ -51,8 +55,8 @@ def _place(steps: list[_Step]) -> Place:
     """Of frames, innermost first."""
     if not steps:
         return Place(None, "")
-    foreign = next((step for step in steps if not _is_library(step[0])), steps[0])
-    own = next((step for step in steps if "/bitscale/" in step[0]), foreign)
+    foreign = next((step for step in steps if not _TORCH.search(step[0])), steps[0])
+    own = next((step for step in steps if step[0].startswith(_OURS)), foreign)
     lines = [_describe(foreign)] if own == foreign else [_describe(foreign), _describe(own)]
     return Place(_collective(steps), ", called from ".join(lines))
 
@@ -73,14 +77,13 @@ def _collective(steps: list[_Step]) -> str | None:
     return None
 
 
-def _is_library(file: str) -> bool:
-    return any(part in file for part in _NOT_OURS)
-
-
 def _describe(step: _Step) -> str:
     """`bitscale/mesh.py:94 in max`"""
     file, line, name = step
-    parts = Path(file).parts
-    roots = [index for index, part in enumerate(parts) if part in ("bitscale", "deepspeed")]
-    short = parts[roots[-1] :] if roots and roots[-1] < len(parts) - 1 else parts[-2:]
-    return f"{'/'.join(short)}:{line} in {name}"
+    if file.startswith(_OURS):
+        short = f"bitscale/{file[len(_OURS) :]}"
+    elif _PACKAGES.match(file):
+        short = _PACKAGES.sub("", file)
+    else:
+        short = "/".join(Path(file).parts[-2:])
+    return f"{short}:{line} in {name}"

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bitscale.checkpoint import Reader
 from bitscale.cli.main import main
+from bitscale.heartbeat import RANKS_DIR
 from bitscale.quant.pack import unpack_2bit
 from bitscale.run_lock import LOCK_NAME
 from runs import (
@@ -73,7 +74,7 @@ def test_fork_with_sub_norm_from_the_transition_on(
     message = capsys.readouterr().err
     assert 'optim.name is "lion" here and "adamw" in' in message
     assert "--allow-change optim.name" in message
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {LOCK_NAME}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {LOCK_NAME, RANKS_DIR}
 
     train("plain", *arguments, *fork)
     lines, trunk_lines = metrics(tmp_path / "run", "train"), metrics(finished_run, "train")

@@ -99,9 +99,16 @@ def test_a_run_whose_processes_are_gone_was_killed(tmp_path: Path) -> None:
     assert {rank.state for rank in read_status(tmp_path).ranks} == {"gone"}
 
 
+def test_a_late_heartbeat_of_a_process_that_is_there_is_a_busy_machine_s(tmp_path: Path) -> None:
+    beats(record(tmp_path), interval_seconds=-1.0)  # so that any age counts as old
+    assert state(tmp_path) == ("running", "step")
+    beats(tmp_path, interval_seconds=-1.0, host="elsewhere")
+    assert state(tmp_path)[0] == "killed"
+
+
 def test_hosts_that_are_silent_for_long_were_killed(tmp_path: Path) -> None:
     now = time.time()
-    beats(record(tmp_path), host="elsewhere", time=now - 10)
+    beats(record(tmp_path), host="elsewhere", time=now - 10, started=now - 100)
     assert state(tmp_path)[0] == "running"
     beats(tmp_path, host="elsewhere", time=now - 60, started=now - 100)
     assert state(tmp_path)[0] == "killed"
@@ -151,6 +158,14 @@ def test_a_failure_names_its_cause_and_not_the_victims(tmp_path: Path) -> None:
     beats(tmp_path, 3, phase="failed", failure="hang", waiting_for="all_reduce")
     change(tmp_path, 1, waiting_for=None)
     assert state(tmp_path) == ("failed", f"rank 1 on {socket.gethostname()}: hung at step 10")
+
+
+def test_a_session_that_died_after_an_orderly_stop_was_killed(tmp_path: Path) -> None:
+    """It had not come so far as to record its resumption."""
+    record(tmp_path, end="preempted")
+    later = time.time() + 30
+    beats(tmp_path, phase="start", started=later, time=later + 5)
+    assert state(tmp_path)[0] == "killed"
 
 
 def test_a_finished_run_that_is_begun_again_is_running(tmp_path: Path) -> None:

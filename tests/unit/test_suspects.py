@@ -9,12 +9,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+import bitscale
 from bitscale.errors import PeerLost
 from bitscale.heartbeat import Heartbeat, HeartbeatWriter, Place, Progress
 from bitscale.watch.lost_peers import explain, is_lost_peer
 from bitscale.watch.stragglers import INTERVALS, STEPS, Stragglers, comparable_units
 from bitscale.watch.suspects import find_suspect
-from bitscale.watch.whereabouts import place_of_error, place_of_main_thread
+from bitscale.watch.whereabouts import _place, place_of_error, place_of_main_thread
 
 pytestmark = pytest.mark.unit
 
@@ -192,6 +193,35 @@ def test_an_error_s_place_is_where_it_was_raised() -> None:
     place = place_of_error(caught.value.__traceback__)
     assert place.line.endswith("in raising")
     assert "test_suspects.py:" in place.line
+
+
+def test_a_wait_is_told_by_its_outermost_collective_and_both_callers() -> None:
+    """Also where the virtual environment lies in a folder of our name."""
+    packages = "/home/me/bitscale/.venv/lib/python3.11/site-packages"
+    c10d = f"{packages}/torch/distributed/distributed_c10d.py"
+    ours = f"{Path(bitscale.__file__).parent}/mesh.py"
+    frames = [
+        (c10d, 10, "all_gather"),
+        (f"{packages}/torch/distributed/c10d_logger.py", 81, "wrapper"),
+        (c10d, 20, "all_gather_object"),
+        (f"{packages}/deepspeed/comm/torch.py", 30, "all_gather_object"),
+        (ours, 94, "gather_objects"),
+        ("/home/me/bitscale/run.py", 1, "<module>"),
+    ]
+    assert _place(frames) == Place(
+        "all_gather_object",
+        "deepspeed/comm/torch.py:30 in all_gather_object, called from "
+        "bitscale/mesh.py:94 in gather_objects",
+    )
+    assert _place(frames[-1:]) == Place(None, "bitscale/run.py:1 in <module>")
+    assert _place([]) == Place(None, "")
+
+
+def test_waiting_for_the_device_or_an_asynchronous_collective(tmp_path: Path) -> None:
+    source = tmp_path / "lines.py"
+    source.write_text("handle.wait()\nlosses.tolist()\nx = y\n")
+    found = [_place([(str(source), line, "f")]).waiting_for for line in (1, 2, 3)]
+    assert found == ["an asynchronous collective", "the device", None]
 
 
 # Stragglers
