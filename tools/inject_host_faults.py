@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,11 +25,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "e2e"))
 
 from bitscale.run import versions
-from host_faults import FAULTS, LAUNCHERS, SUPERVISE, WATCH, Seen, inject, message_of
+from host_faults import FAULTS, LAUNCHERS, SUPERVISE, WATCH, Seen, inject
 from netns_hosts import make_hosts, why_not
 from runs import KEEP_ALL, prepare_corpus, train, write_config
 
 _DISK_MIB = 6  # of the small file system that "disk full" fills
+
+_TELLING = re.compile(
+    r"^supervisor: |^\S{0,12} ?(error|warning)|^resumed from|^mpirun noticed|ssh exited with"
+    r"|straggler"
+    r"|^ +(host|rank|exitcode) +:|^Root Cause|^\[rank 1 on node2\] (error|warning)|ORTE has lost"
+    r"|\bnode\d\b.*(daemon|lost|Timeout|not responding)"
+)
 
 INTRODUCTION = """\
 Two hosts with a rank each, which are network namespaces of one machine with an sshd in each, train
@@ -44,8 +52,10 @@ launch/torchrun.sh, `pdsh` and `openmpi` launch/multinode.sh, `mpirun` launch/mp
 - **in the end**: the finished run against one that was never interrupted: every metric, checkpoint
   and telemetry line, bit for bit.
 
-Bounds are short so that faults show: {watch}; supervise {supervise}. With the defaults the same
-happens after 30 s (a silent host), 60 s (a rank without heartbeats) and 30 minutes (a hang).
+Bounds are short, so that faults show: {watch};
+`bitscale supervise {supervise}`.
+With the defaults the same happens after 30 s (a silent host), 60 s (a rank without heartbeats) and
+30 minutes (a hang).
 """
 
 
@@ -123,9 +133,6 @@ def _cells(seen: Seen) -> list[str]:
 
 def _report(work: Path) -> str:
     found = [Seen(**json.loads(path.read_text())) for path in sorted(work.glob("*-*.json"))]
-    for seen in found:
-        if seen.launcher != "supervise":
-            seen.message = message_of(seen.transcript.splitlines())
     text = (work / "text").read_text()
     lines = ["# Faults of hosts\n"]
     bounds = {"watch": ", ".join(WATCH), "supervise": " ".join(SUPERVISE)}
@@ -147,11 +154,10 @@ def _report(work: Path) -> str:
     return "\n".join([*lines, _provenance()])
 
 
-def _shortened(seen: Seen, most: int = 14) -> str:
-    lines = [line[:300] for line in seen.transcript.splitlines()]
-    if len(lines) > most:
-        lines = [*lines[: most - 4], f"... {len(lines) - most + 1} lines ...", *lines[-3:]]
-    return "\n".join(lines)
+def _shortened(seen: Seen, most: int = 12) -> str:
+    """What was said of the fault and of going on, without progress and Python's stacks."""
+    lines = [line[:400] for line in seen.transcript.splitlines() if _TELLING.search(line)]
+    return "\n".join(lines[:most])
 
 
 def _provenance() -> str:
@@ -163,7 +169,8 @@ def _provenance() -> str:
 ## Provenance
 
 {today}, commit {commit}, {os.cpu_count()} CPU cores ({platform.machine()}), gloo, one thread a
-rank, on a busy machine: times are upper bounds; {found}. By `python tools/inject_host_faults.py`.
+rank, on a machine that was busy with other work: times are upper bounds, and starting Python is
+most of them; {found}. By `python tools/inject_host_faults.py`.
 """
 
 

@@ -35,7 +35,7 @@ _LAUNCHER_SECONDS = 120.0  # after which one that has not ended "runs on"
 _PORT = "29500"
 _STEP_LINE = re.compile(r"^step \d+/\d+ ")
 _RANK = re.compile(r"\S*python\S* (-u )?-m bitscale\.cli\.main train ")
-_NAMING = re.compile(r"rank \d+|host \w+|node\d")
+_NAMING = re.compile(r"rank 1 .{0,40}\bnode2\b|host node2 \(ranks 1\)")
 
 
 def launch(
@@ -215,8 +215,8 @@ class Seen:
 
     @property
     def names_it(self) -> bool:
-        """Whether the message says which rank or host."""
-        return _NAMING.search(self.message) is not None
+        """Whether a line says which rank or host it was: the last of two."""
+        return _NAMING.search(self.transcript) is not None
 
 
 def inject(
@@ -331,7 +331,7 @@ def compare(reference: Path, run_dir: Path) -> str:
     if theirs.keys() != ours.keys():
         return f"steps {sorted(theirs.keys() ^ ours.keys())} in one run only"
     worst = max(abs(ours[step] / theirs[step] - 1) for step in theirs)
-    return f"losses within {worst:.1e} of the uninterrupted run"
+    return f"losses within {worst:.1e} of the uninterrupted run" if worst else "the same losses"
 
 
 def message_of(lines: Sequence[str]) -> str:

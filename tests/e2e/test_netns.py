@@ -87,7 +87,7 @@ def test_a_host_without_its_cable_is_left_out(
     assert "without node1: it " in log.read_text()
     # Codes that flip on a rounding error move the loss by up to 6e-4 (test_launchers.py).
     outcome = compare(finished_run_2_ranks, run_dir)
-    assert float(outcome.split()[2]) < 5e-3, outcome
+    assert outcome == "the same losses" or float(outcome.split()[2]) < 5e-3, outcome
 
 
 @pytest.mark.slow
