@@ -34,7 +34,8 @@ bitscale doctor --print-environment >"$DS_ENV_FILE"
 
 # Without these an ssh connection to a node that has gone is waited for for ever.
 alive='-o ServerAliveInterval=10 -o ServerAliveCountMax=3'
-options=(--hostfile "$hostfile" --launcher "${LAUNCHER:=pdsh}" --no_local_rank)
+# --force_multi: with a single host in the file DeepSpeed would start its ranks here instead.
+options=(--hostfile "$hostfile" --launcher "${LAUNCHER:=pdsh}" --no_local_rank --force_multi)
 if [[ $LAUNCHER == pdsh ]]; then
   export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} $alive"
   options+=(--master_port "${MASTER_PORT:-29500}" ${SSH_PORT:+--ssh_port "$SSH_PORT"})
