@@ -148,6 +148,15 @@ def _report(work: Path) -> str:
         if (seen.fault, seen.launcher) == (fault, launcher)
     ]
     lines += [f"| {s.fault} | {s.launcher} | {' | '.join(_cells(s))} |" for s in ordered]
+    done = {(seen.fault, seen.launcher) for seen in ordered}
+    missing = [
+        f"{fault} under {launcher}"
+        for fault in FAULTS
+        for launcher in LAUNCHERS
+        if (fault, launcher) not in done
+    ]
+    if missing:
+        lines.append(f"\nNot measured: {', '.join(missing)}.")
     lines.append("\n## What was said\n")
     for seen in ordered:
         lines.append(f"**{seen.fault}, {seen.launcher}**\n\n```\n{_shortened(seen)}\n```\n")

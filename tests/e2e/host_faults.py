@@ -254,7 +254,11 @@ def inject(
         _judge_supervised(seen, run_dir, begin_unix)
     if not events(run_dir, "finished"):
         rest = nodes[:-1] if fault in FEWER else nodes
-        _resume(seen, hosts, launcher, rest, arguments, run_dir, log)
+        try:
+            _resume(seen, hosts, launcher, rest, arguments, run_dir, log)
+        except (RuntimeError, AssertionError) as error:  # the fault itself has been measured
+            seen.outcome = f"not continued: {error}"
+            return seen
     seen.outcome = compare(reference, run_dir)
     return seen
 
@@ -276,6 +280,8 @@ def _resume(
         while len(events(run_dir, "resume")) == resumed:
             if wait_all(processes, 0.05) is not None or time.monotonic() - begin > 300:
                 break
+        if len(events(run_dir, "resume")) == resumed:
+            raise RuntimeError("no rank resumed within 300 s")
         step = events(run_dir, "resume")[-1]["step"]
         wait_for_step(processes, run_dir, step + 1, 300)
         seen.first_step_seconds = round(time.monotonic() - begin, 1)
