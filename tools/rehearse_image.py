@@ -155,9 +155,31 @@ def why_not() -> str:
     """Why steps cannot be rehearsed here; empty if they can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "an overlay needs Linux and root"
+    if not base_python():
+        return (
+            "no Python 3.11 or 3.12 with venv that other users can run (apt install python3-venv)"
+        )
     with tempfile.TemporaryDirectory() as top, tempfile.TemporaryDirectory() as context:
         done = _enter(Path(top), Path(context), "true", capture=True)
     return "" if done.returncode == 0 else f"no overlay here: {done.stderr.strip()[-200:]}"
+
+
+def base_python() -> str:
+    """The folder of the Python that takes the place of the base image's; empty if there is none.
+
+    The image's user must be able to run it: one below /root will not do.
+    """
+    code = "import sys, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))"
+    for folder in (f"{sys.base_prefix}/bin", "/usr/local/bin", "/usr/bin"):
+        python = Path(folder, "python3")
+        if not python.exists() or any(
+            not path.stat().st_mode & 0o001
+            for path in (python.resolve(), *python.resolve().parents)
+        ):
+            continue
+        if subprocess.run([str(python), "-c", code], capture_output=True).returncode == 0:
+            return folder
+    return ""
 
 
 def _enter(
@@ -178,8 +200,7 @@ def _enter(
     ]
     # Settings of pip and proxies pass, as an engine's --build-arg would hand them in.
     kept = {k: v for k, v in os.environ.items() if re.match(r"PIP_|SSL_|.*_proxy$", k, re.I)}
-    # The interpreter that runs this takes the place of the base image's.
-    env = {"PATH": f"{sys.base_prefix}/bin:/usr/sbin:/usr/bin:/sbin:/bin", **kept}
+    env = {"PATH": f"{base_python()}:/usr/sbin:/usr/bin:/sbin:/bin", **kept}
     return subprocess.run(
         [*command, str(top), str(context), str(cache), script],
         env=env | {"HOME": "/root"},

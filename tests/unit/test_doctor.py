@@ -36,9 +36,10 @@ def by_name(checks: list[Check]) -> dict[str, Check]:
 def examine(*before: str, **environment: str) -> tuple[int, dict[str, dict[str, str]]]:
     """Exit code and checks of a real `doctor --local --quick` behind a shell's `before`."""
     script = "; ".join([*before, 'exec "$@"'])
+    # Not in the repository, where an editable installation leaves bitscale.egg-info in front.
     done = subprocess.run(
         ["bash", "-c", script, "bash", *DOCTOR],
-        env=os.environ | environment, capture_output=True, text=True, check=False,
+        env=os.environ | environment, capture_output=True, text=True, check=False, cwd="/",
     )  # fmt: skip
     return done.returncode, {check["name"]: check for check in json.loads(done.stdout)["checks"]}
 
