@@ -51,11 +51,14 @@ test-all: test ## The slow tests, too
 quickstart: env ## Prepare, train, switch, export, evaluate on this machine (CORPUS=path: your text)
 	$(IN_ENV) launch/quickstart.sh $(if $(CORPUS),--corpus '$(CORPUS)')
 
-lint: env ## Check style, types and import layers
+lint: env ## Check style, types, import layers and the Dockerfile
 	$(IN_ENV) ruff check .
 	$(IN_ENV) ruff format --check .
 	$(IN_ENV) mypy
 	$(IN_ENV) lint-imports --no-logo
+	@$(IN_ENV) && if command -v hadolint >/dev/null; then \
+	  echo 'hadolint docker/Dockerfile'; hadolint --config docker/hadolint.yaml docker/Dockerfile; \
+	else echo 'hadolint skipped: it has no wheel for this platform'; fi
 
 format: env ## Format and mend what ruff can mend
 	$(IN_ENV) ruff check --fix .

@@ -6,6 +6,7 @@ handed ranks and groups and never looks them up.
 
 import datetime
 import os
+import socket
 from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
@@ -146,7 +147,10 @@ def init_mesh(device: str, num_threads: int = 0, timeout_seconds: float = 1800.0
             timeout = datetime.timedelta(seconds=timeout_seconds)
             dist.init_process_group(backend, timeout=timeout)
         else:
-            # One process: an in-memory store needs no free port.
+            # One process: an in-memory store needs no free port, and what listens all the same
+            # (gloo's and NCCL's transports, in every group) does so where nobody else can reach it.
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(name, _loopback())
             dist.init_process_group(backend, store=_HashStore(), rank=0, world_size=1)
     return Mesh(rank, world_size, local_rank, local_world_size, torch_device)
 
@@ -224,6 +228,11 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _loopback() -> str:
+    """The network interface that leads to this host only: lo, or lo0."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 
 def _environment_int(name: str, default: int) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from bitscale import __version__
 from bitscale.cli import (
     config,
+    doctor,
     evaluate,
     export,
     import_model,
@@ -24,6 +25,7 @@ from bitscale.cli import (
     report,
     runs,
     status,
+    supervise,
     train,
     verify,
 )
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare,
         plan,
         train,
+        supervise,
         evaluate,
         probe,
         export,
@@ -58,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status,
         runs,
         config,
+        doctor,
     ):
         command.add_parser(subparsers)
     args, rest = parser.parse_known_args(argv)

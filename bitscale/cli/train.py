@@ -49,7 +49,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     from bitscale.config import load_config
+    from bitscale.ranks import adopt_ranks
 
+    adopt_ranks()
     cfg = load_config(args.config, args.overrides)
     from bitscale.train import train  # after the configuration is known to be sound: torch is slow
 

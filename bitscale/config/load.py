@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from bitscale.config.checks import check
+from bitscale.config.interpolation import check_interpolations
 from bitscale.config.presets import preset as named
 from bitscale.config.schema import Config, QuantConfig
 from bitscale.errors import ConfigError
@@ -33,6 +34,7 @@ _UNITS = {"step", "steps", "tokens", "fraction"}
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read `path` (following `base:`), apply `section.key=value` overrides, validate, check."""
     merged = override(_read(Path(path), ()), overrides)
+    check_interpolations(merged, str(path))
     try:
         tree = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
     except OmegaConfBaseException as error:

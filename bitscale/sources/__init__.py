@@ -8,6 +8,8 @@ from pathlib import Path
 from bitscale import checkpoint
 from bitscale.checkpoint.source import StateSource
 from bitscale.config import Config
+from bitscale.errors import CheckpointError
+from bitscale.names_in_files import is_plain
 from bitscale.sources.foreign import ForeignSource, Tensors
 from bitscale.sources.huggingface import is_huggingface, open_huggingface
 from bitscale.sources.megatron import is_megatron, open_megatron
@@ -81,4 +83,10 @@ def _named_by(root: Path) -> list[str]:
     if megatron.is_file():
         iteration = megatron.read_text().strip()
         names.append(f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration)
+    for name in names:
+        if not is_plain(name):
+            raise CheckpointError(
+                f"{root}: its newest checkpoint is said to be {name[:60]!a}, which is not a "
+                "directory in it; name the checkpoint itself"
+            )
     return names

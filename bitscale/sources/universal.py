@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from bitscale.errors import CheckpointError
+from bitscale.names_in_files import is_plain
 from bitscale.sources.foreign import Shape, Tensors
 from bitscale.sources.pickles import load_tensors
 from bitscale.sources.zero import HARMLESS, stated_by_deepspeed
@@ -54,6 +55,11 @@ def open_universal(path: Path) -> Tensors:
             for group in model["param_shapes"]:
                 shapes |= {name: tuple(shape) for name, shape in group.items()}
         for name in shapes:
+            if not is_plain(name):
+                raise CheckpointError(
+                    f"{path}: names a parameter {name!a}, which leads out of the checkpoint; do "
+                    "not use a checkpoint of unknown origin"
+                )
             shapes[name] = _shape(path, name, shapes[name])
         step = int(models[0]["global_steps"])
     except (KeyError, TypeError, AttributeError) as error:

@@ -202,5 +202,6 @@ def _meta(checkpoint: Path) -> dict[str, Any]:
     """meta.json without the keys in which copies of a run may differ."""
     meta: dict[str, Any] = json.loads((checkpoint / "meta.json").read_text())
     del meta["config"]["run"], meta["config"]["log"]
+    meta["config"].pop("watch", None)
     meta["config"]["train"].pop("stop_step", None)
     return meta
