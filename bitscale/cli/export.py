@@ -52,7 +52,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "source",
         metavar="MODEL",
         type=Path,
-        help="run, checkpoint, packed export or Hugging Face directory",
+        help="run, checkpoint, export, Hugging Face directory, GGUF file, or a checkpoint of "
+        "DeepSpeed or Megatron-core",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="new directory or file")
     parser.add_argument("--format", choices=FORMATS, default="packed", metavar="FORMAT")
@@ -77,15 +78,21 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="PRESET",
         help="round a 16-bit model to the nearest codes first, as a baseline (docs/quantizers.md)",
     )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="whose model section describes a DeepSpeed checkpoint that does not do so itself",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitscale.config import quant_config
-    from bitscale.convert import open_source
+    from bitscale.config import load_config, quant_config
     from bitscale.convert.formats import ExportOptions, export
+    from bitscale.sources.as_model import open_model
 
-    source = open_source(args.source)
+    source = open_model(args.source, args.config and load_config(args.config))
     quantize = None if args.quantize is None else quant_config(args.quantize)
     options = ExportOptions(args.dtype, args.linear, args.gguf_scale, args.gguf_tokenizer)
     content = export(source, args.out, args.format, options, quantize)

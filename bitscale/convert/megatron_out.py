@@ -156,7 +156,7 @@ def _norm(source: ModelSource, name: str) -> _Make:
 def _extra_states(m: ModelConfig) -> dict[str, bytes]:
     """What megatron-core's linear layers ask for beside their weights, and ignore."""
     buffer = io.BytesIO()
-    torch.save(None, buffer)
+    torch.save([None], buffer)  # one object for each rank that shares the key
     keys = [
         f"decoder.layers.{linear}._extra_state/shard_{layer}_{m.num_layers}"
         for linear in _LINEARS

@@ -43,7 +43,10 @@ class ModelSource:
     """What is known of a model, and its tensors when they are asked for."""
 
     path: Path
-    kind: Literal["checkpoint", "packed", "compact", "gguf", "huggingface", "llama2c"]
+    kind: Literal[
+        *("checkpoint", "packed", "compact", "gguf", "huggingface", "llama2c"),
+        *("megatron", "deepspeed"),
+    ]
     form: str  # what its weights are, for people: latent, dequantized, packed 2-bit, ...
     model: ModelConfig  # vocab_size is set
     quant: QuantConfig
