@@ -102,7 +102,5 @@ def run(args: argparse.Namespace) -> int:
     codes = "no codes" if digest is None else f"codes sha256 {digest[:16]}"
     print(f"exported {source.path} to {args.out} ({args.format}): {mib:.2f} MiB, {codes}")
     if args.format in _LATENTS and source.strength.weight:
-        print(
-            f"note: trained at λ = {source.strength.weight:g}, and {_LATENTS[args.format]}"
-        )
+        print(f"note: trained at λ = {source.strength.weight:g}, and {_LATENTS[args.format]}")
     return 0

@@ -9,7 +9,7 @@ layers.0.attn.o.*                 decoder.layers.0.self_attention.linear_proj.*
 layers.0.attn.{q,k}_norm.weight   decoder.layers.0.self_attention.{q,k}_layernorm.weight
 layers.0.mlp_norm.weight          decoder.layers.0.pre_mlp_layernorm.weight, in a checkpoint
                                   decoder.layers.0.mlp.linear_fc1.layer_norm_weight
-layers.0.mlp.{gate,up}.*          decoder.layers.0.mlp.linear_fc1.*, the gate above the up projection
+layers.0.mlp.{gate,up}.*          decoder.layers.0.mlp.linear_fc1.*, gate above up
 layers.0.mlp.down.*               decoder.layers.0.mlp.linear_fc2.*
 norm.weight, head.weight          decoder.final_layernorm.weight, output_layer.weight
 

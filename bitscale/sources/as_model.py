@@ -134,9 +134,7 @@ def _as_model(source: ForeignSource, cfg: Config, content: Mapping[str, Any]) ->
     )
 
 
-def _fingerprint(
-    content: Mapping[str, Any], tensors: Tensors, tokenizer_file: Path | None
-) -> str:
+def _fingerprint(content: Mapping[str, Any], tensors: Tensors, tokenizer_file: Path | None) -> str:
     if tokenizer_file is not None:
         return file_sha256(tokenizer_file)
     return str(content.get("tokenizer_sha256") or tensors.stated.get("tokenizer", ""))

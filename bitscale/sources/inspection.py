@@ -1,4 +1,4 @@
-"""`bitscale inspect` of DeepSpeed's and Megatron-core's checkpoints; others: convert/inspection.py."""
+"""`bitscale inspect` of DeepSpeed's and Megatron-core's checkpoints (others: convert/)."""
 
 from functools import partial
 from math import prod

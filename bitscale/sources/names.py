@@ -127,6 +127,7 @@ def _place(name: str, shape: Shape, theirs: Collection[str], m: ModelConfig) -> 
 
 # --- megatron-core ---
 
+
 def _in_megatron(name: str, shape: Shape, theirs: Collection[str], m: ModelConfig) -> Place:
     module, _, parameter = name.rpartition(".")
     block = re.match(r"layers\.(\d+)\.(.+)", module)

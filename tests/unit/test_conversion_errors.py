@@ -318,6 +318,32 @@ EXPORTS: dict[str, tuple[str, list[str], str]] = {
         ["--format", "packed", "--linear", "bitlinear"],
         "--linear bitlinear means nothing to --format packed, only to hf-bitnet; leave it out",
     ),
+    "megatron: SubLN": (
+        "model.sub_norm=true",
+        ["--format", "megatron"],
+        "megatron-core's GPTModel has no model.sub_norm=True; --format hf and gguf may hold it, "
+        "and --format packed and compact hold any shape",
+    ),
+    "megatron: LayerNorm": (
+        "model.norm=layernorm model.norm_affine=false",
+        ["--format", "megatron"],
+        "has no model.norm='layernorm' (its LayerNorm has a bias); --format hf may hold it",
+    ),
+    "megatron: norms after the blocks": (
+        "model.post_norm=true model.qk_norm=width",
+        ["--format", "megatron"],
+        "megatron-core's GPTModel has no model.post_norm=true; --format hf may hold it",
+    ),
+    "megatron: biases of attention only": (
+        "model.bias=attention",
+        ["--format", "megatron"],
+        "megatron-core's GPTModel has no model.bias='attention'; --format hf and gguf may hold it",
+    ),
+    "megatron: RoPE scaling": (
+        "model.rope_scaling={type:linear,factor:2.0}",
+        ["--format", "megatron"],
+        "GPTModel has no model.rope_scaling, whose frequencies are arguments of the program;",
+    ),
     "unknown preset": (
         "train.dtype=fp32",
         ["--quantize", "b157"],
