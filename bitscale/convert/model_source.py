@@ -35,6 +35,16 @@ from bitscale.quant.quantizer import Codes, dequantize
 from bitscale.quant.reference import Ternary, finished_bias, ternarize
 from bitscale.quant.schedule import TERNARY, Strength, quant_strength
 
+Kind = Literal[
+    "checkpoint",
+    "packed",
+    "compact",
+    "gguf",
+    "huggingface",
+    "llama2c",
+    "megatron",
+    "deepspeed",
+]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -43,10 +53,7 @@ class ModelSource:
     """What is known of a model, and its tensors when they are asked for."""
 
     path: Path
-    kind: Literal[
-        *("checkpoint", "packed", "compact", "gguf", "huggingface", "llama2c"),
-        *("megatron", "deepspeed"),
-    ]
+    kind: Kind
     form: str  # what its weights are, for people: latent, dequantized, packed 2-bit, ...
     model: ModelConfig  # vocab_size is set
     quant: QuantConfig

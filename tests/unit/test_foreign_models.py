@@ -143,9 +143,7 @@ def write_universal(folder: Path, source: ModelSource, client_state: dict[str, A
     for name in source.shapes:
         (folder / "zero" / name).mkdir(parents=True)
         tensors = {"fp32": source.latent(name)}
-        tensors |= {
-            moment: torch.zeros_like(tensors["fp32"]) for moment in ("exp_avg", "exp_avg_sq")
-        }
+        tensors |= dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros_like(tensors["fp32"]))
         for kind, tensor in tensors.items():
             torch.save({"param": tensor}, folder / "zero" / name / f"{kind}.pt")
         torch.save(torch.tensor(5.0), folder / "zero" / name / "step.pt")
