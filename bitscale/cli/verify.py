@@ -8,6 +8,7 @@ examples:
   bitscale verify runs/quickstart/run packed
   bitscale verify runs/quickstart/run hf --text book.txt
   bitscale verify packed hf --json verdict.json
+  bitscale verify runs/quickstart/run model.gguf --text book.txt --llama-cpp llama.cpp/build/bin
 
 A is computed by bitscale, B by the program that its format is made for (a Hugging Face directory
 by transformers). Exit code 0: the same model; 1: not; 2: one of them could not be read.
@@ -30,6 +31,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--tokens", type=int, default=2048, metavar="N", help="to compare on (default 2048)"
     )
     parser.add_argument(
+        "--llama-cpp",
+        type=Path,
+        metavar="PATH",
+        help="let this llama-perplexity (or the one in this directory) compute B, a GGUF file",
+    )
+    parser.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
@@ -48,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     cfg = args.config and load_config(args.config)
     a, b = open_model(args.a, cfg), open_model(args.b, cfg)
-    checks = verify(a, b, text=args.text, num_tokens=args.tokens)
+    checks = verify(a, b, text=args.text, num_tokens=args.tokens, program=args.llama_cpp)
     for check in checks:
         print(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.figures}")
     same = all(check.passed for check in checks)
