@@ -340,7 +340,7 @@ EXPORTS: dict[str, tuple[str, list[str], str]] = {
         "megatron-core's GPTModel has no model.bias='attention'; --format hf and gguf may hold it",
     ),
     "megatron: RoPE scaling": (
-        "model.rope_scaling={type:linear,factor:2.0}",
+        "model.rope_scaling.type=linear model.rope_scaling.factor=2.0",
         ["--format", "megatron"],
         "GPTModel has no model.rope_scaling, whose frequencies are arguments of the program;",
     ),
