@@ -169,6 +169,12 @@ def values_of(content: Tensor | Ternary | None) -> dict[str, Any]:
 # --- Kinds ---
 
 
+_MOMENTS = {
+    "adamw": "AdamW, two moments (8 bytes a weight more)",
+    "lion": "Lion, one moment (4 bytes a weight more)",
+}
+
+
 def _checkpoint(path: Path) -> Opened:
     try:
         found = resolve(path)
@@ -185,7 +191,7 @@ def _checkpoint(path: Path) -> Opened:
     facts_of = _model_facts(source) | {
         "checkpoint": found.name,
         "lambda": f"{meta.lambda_weight:g} weights, {meta.lambda_activation:g} activations",
-        "optimizer_state": "AdamW, two moments (8 bytes a weight more)",
+        "optimizer_state": _MOMENTS[source.recipe["optim"].get("name", "adamw")],
         "saved_by": f"{meta.world_size} ranks",
     }
     return "bitscale checkpoint", facts_of, listed, None

@@ -78,7 +78,7 @@ def verify(
     Raises BitscaleError if a model cannot be read or computed.
     """
     if program is not None:
-        _refuse_without_text(b, text)
+        _refuse_for_program(b, text)
         program = find_program(program)
     checks = [_architecture(a, b)]
     if not checks[0].passed:
@@ -239,13 +239,18 @@ def _of_program(
     )
 
 
-def _refuse_without_text(b: ModelSource, text: Path | None) -> None:
+def _refuse_for_program(b: ModelSource, text: Path | None) -> None:
     if b.kind != "gguf":
         raise CheckpointError(
             f"--llama-cpp computes GGUF files, and B, {b.path}, is none; leave it out"
         )
     if text is None:
         raise CheckpointError("--llama-cpp needs --text FILE, of which llama.cpp makes tokens")
+    if open_gguf(b.path).metadata.get("tokenizer.ggml.add_bos_token"):
+        raise CheckpointError(
+            f"{b.path} wants a begin token (add_bos_token), which llama-perplexity puts in place "
+            "of each window's first; leave --llama-cpp out, and llama-cpp-python computes the file"
+        )
 
 
 def _token_ids(a: ModelSource, outputs: _Outputs, text: Path) -> Iterator[Check]:

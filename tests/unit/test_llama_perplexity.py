@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -171,7 +172,9 @@ def test_programs_that_are_not_it(
     assert "has not finished after 0.5 s and was stopped" in refusal(model, tmp_path, path)
 
 
-def test_what_it_is_for(model: tuple[ModelSource, Path], tmp_path: Path) -> None:
+def test_what_it_is_for(
+    model: tuple[ModelSource, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = program(tmp_path, "")
     assert refusal(model, tmp_path, path, text=None) == (
         "--llama-cpp needs --text FILE, of which llama.cpp makes tokens"
@@ -179,4 +182,9 @@ def test_what_it_is_for(model: tuple[ModelSource, Path], tmp_path: Path) -> None
     other = replace(model[0], strength=TERNARY)
     assert refusal(model, tmp_path, path, b=other) == (
         "--llama-cpp computes GGUF files, and B, memory, is none; leave it out"
+    )
+    asks = SimpleNamespace(metadata={"tokenizer.ggml.add_bos_token": True})
+    monkeypatch.setattr("bitscale.convert.verify.open_gguf", lambda _: asks)
+    assert f"{model[1]} wants a begin token (add_bos_token), which" in refusal(
+        model, tmp_path, path
     )
