@@ -21,6 +21,7 @@ from bitscale.cli import (
     prepare,
     probe,
     report,
+    sweep,
     train,
     verify,
 )
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         inspect,
         verify,
         report,
+        sweep,
         config,
     ):
         command.add_parser(subparsers)

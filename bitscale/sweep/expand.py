@@ -1,0 +1,233 @@
+"""A sweep as cells: every point of it with every seed, each a whole, checked configuration."""
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import BaseModel, ValidationError
+
+from bitscale.config import (
+    Config,
+    ModelConfig,
+    config_hash,
+    explain,
+    interpolate,
+    merge,
+    parse_config,
+)
+from bitscale.data.corpus import load_corpus
+from bitscale.errors import ConfigError
+from bitscale.model import cost
+from bitscale.sweep.expression import evaluate, is_expression
+from bitscale.sweep.spec import Draw, Keys, Sweep, Value
+
+Tree = dict[str, Any]
+_MAX_CELLS = 10_000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep. Cells of several sweeps with the same `key` are one run."""
+
+    sweep: str
+    label: str  # the point; the same for all seeds
+    seed: int
+    cfg: Config  # run.dir is "cell": the runner says where
+    values: Mapping[str, Any]  # varied keys with their values
+    keep: str  # checkpoints of the finished run: none or last
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that can change the numbers; names the run's directory."""
+        return config_hash(self.cfg)
+
+
+def expand(sweep: Sweep) -> list[Cell]:
+    """Every cell, seeds innermost. Raises ConfigError, naming the cell, for one that cannot run."""
+    spec = sweep.spec
+    points = list(_points(sweep))
+    if len(points) * len(spec.seeds.values) > _MAX_CELLS:
+        raise ConfigError(
+            f"{sweep.path}: {len(points)} points x {len(spec.seeds.values)} seeds are more than "
+            f"{_MAX_CELLS:,} cells; split the sweep"
+        )
+    labels = [label for label, _ in points]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(f"{sweep.path}: two cells are named {label!r}; name arms apart")
+    varied = list(dict.fromkeys(key for _, keys in points for key in keys))
+    varied = [key for key in varied if not any(k.startswith(f"{key}.") for k in varied)]
+    cells = []
+    for label, keys in points:
+        for seed in spec.seeds.values:
+            tree = _tree(sweep, label, keys, seed)
+            cfg = parse_config(tree, where=f"{sweep.path}, cell {label!r}, seed {seed}")
+            values = {key: get(tree, key) for key in varied}
+            cells.append(Cell(sweep.name, label, seed, cfg, values, spec.keep))
+    _check_claims(sweep, set(labels))
+    return cells
+
+
+def get(tree: Tree, key: str) -> Any:
+    """The value of a dotted key: the tree's, or else the schema's default.
+
+    Raises KeyError for a key that no configuration has.
+    """
+    node: Any = tree
+    section: type[BaseModel] | None = Config
+    for part in key.split("."):
+        field = None if section is None else section.model_fields.get(part)
+        default = None if field is None or field.is_required() else field.default
+        if isinstance(node, dict) and part in node:
+            node = node[part]
+        elif isinstance(node, BaseModel):
+            node = getattr(node, part)
+        elif field is not None and not (node is None and section is not Config):
+            node = default
+        else:
+            return None if node is None and section is not None else _no_such(key)
+        section = _section_of(field.annotation) if field else None
+    return json.loads(node.model_dump_json()) if isinstance(node, BaseModel) else node
+
+
+def _no_such(key: str) -> Any:
+    raise KeyError(key)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type):
+        return annotation if issubclass(annotation, BaseModel) else None
+    inner = (_section_of(argument) for argument in getattr(annotation, "__args__", ()))
+    return next((section for section in inner if section is not None), None)
+
+
+def _points(sweep: Sweep) -> Iterator[tuple[str, Keys]]:
+    """(label, keys over the base) of every point, in the order of the file."""
+    spec = sweep.spec
+    arms: list[tuple[str, Keys]] = list(spec.arms.items()) or [("", {})]
+    axes = [[(key, value) for value in values] for key, values in spec.grid.items()]
+    draws = list(_draws(sweep)) or [("", {})]
+    for (arm, arm_keys), chosen, (draw, draw_keys) in itertools.product(
+        arms, list(itertools.product(*axes)), draws
+    ):
+        parts = [arm, *(f"{key.rsplit('.', 1)[-1]}={_shown(value)}" for key, value in chosen), draw]
+        yield " ".join(filter(None, parts)) or "all", arm_keys | dict(chosen) | draw_keys
+
+
+def _draws(sweep: Sweep) -> Iterator[tuple[str, Keys]]:
+    wanted = sweep.spec.random
+    if wanted is None:
+        return
+    for number in range(wanted.count):
+        # A generator for each value: another key, or a larger count, changes no other value.
+        yield (
+            f"draw-{number:03d}",
+            {
+                key: _draw(draw, random.Random(f"{wanted.seed}/{number}/{key}"))
+                for key, draw in wanted.keys.items()
+            },
+        )
+
+
+def _draw(draw: Draw, source: random.Random) -> Value:
+    if draw.uniform is not None:
+        return source.uniform(*draw.uniform)
+    if draw.log_uniform is not None:
+        low, high = map(math.log, draw.log_uniform)
+        return math.exp(source.uniform(low, high))
+    if draw.integer is not None:
+        return source.randint(*draw.integer)
+    assert draw.choice is not None
+    return source.choice(draw.choice)
+
+
+def _shown(value: Value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _tree(sweep: Sweep, label: str, keys: Keys, seed: int) -> Tree:
+    """The configuration of one cell, expressions evaluated in the order in which keys were set."""
+    where = f"{sweep.path}, cell {label!r}"
+    assigned = sweep.spec.set | keys | dict.fromkeys(sweep.spec.seeds.keys, seed)
+    tree = cast(Tree, sweep.tree)
+    for key, value in assigned.items():
+        tree = merge(tree, _nested(key, value))
+    tree = interpolate(merge(tree, {"run": {"dir": "cell"}}), where)
+    if get(tree, "engine.num_threads") == 0:  # all cores would be as many as there are workers
+        tree = merge(tree, {"engine": {"num_threads": 1}})
+    for key in assigned:
+        value = get(tree, key)
+        if is_expression(value):
+            try:
+                result = evaluate(value, lambda name: _look_up(tree, name, seed))  # noqa: B023
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {key}: {error}") from None
+            tree = merge(tree, _nested(key, result))
+    return tree
+
+
+def _nested(key: str, value: Any) -> Tree:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return cast(Tree, value)
+
+
+def _look_up(tree: Tree, name: str, seed: int) -> object:
+    if name == "seed":
+        return seed
+    if name in ("parameters", "ternary_parameters"):
+        counts = cost.parameters(_model(tree))
+        return counts.total if name == "parameters" else counts.matrices
+    try:
+        value = get(tree, name)
+    except KeyError:
+        raise ConfigError(
+            f"{name!r} is no configuration key; use one, or parameters, ternary_parameters, seed"
+        ) from None
+    if is_expression(value):
+        raise ConfigError(f"{name} is itself derived, and later; set it before")
+    return value
+
+
+def _model(tree: Tree) -> ModelConfig:
+    """The model section, with its vocabulary taken from the corpus where it is not given."""
+    section = dict(tree.get("model") or {})
+    if section.get("vocab_size") is None:
+        section["vocab_size"] = load_corpus(tree["data"]["corpora"][0]["path"]).vocab_size
+    try:
+        return ModelConfig.model_validate_json(json.dumps(section))
+    except ValidationError as error:
+        raise ConfigError(f"parameters cannot be counted: {explain(error, ModelConfig)}") from error
+
+
+def _check_claims(sweep: Sweep, labels: set[str]) -> None:
+    for claim in sweep.spec.claims:
+        for label in (*claim.contrast, *claim.best):
+            if label not in labels:
+                raise ConfigError(
+                    f"{sweep.path}: claim {claim.id!r} names the cell {label!r}; there are "
+                    f"{', '.join(sorted(labels))}"
+                )
+
+
+def check_names(sweeps: list[Sweep]) -> None:
+    """Raises ConfigError if two files of one command have one name: the results would mix."""
+    names = [sweep.name for sweep in sweeps]
+    for sweep in sweeps:
+        if names.count(sweep.name) > 1:
+            raise ConfigError(f"two sweeps are named {sweep.name!r}; rename a file")
+
+
+def sweep_paths(paths: list[Path]) -> list[Path]:
+    """The sweep files among `paths`, a directory standing for every *.yaml in it."""
+    found: list[Path] = []
+    for path in paths:
+        found += sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+    if not found:
+        raise ConfigError(f"{', '.join(map(str, paths))}: no sweep file here")
+    return found

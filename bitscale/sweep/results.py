@@ -1,0 +1,202 @@
+"""One row a cell: what it was, and what its metrics say. docs/sweeps.md defines the columns."""
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitscale.config import Config, num_steps, tokens_per_step
+from bitscale.data.corpus import load_corpus
+from bitscale.errors import DataError
+from bitscale.model import cost
+from bitscale.recorder import METRICS_NAME
+from bitscale.report.read import Run as Metrics
+from bitscale.report.read import Table, read_run
+from bitscale.report.spike import rolling_mean
+from bitscale.report.summary import summarize
+from bitscale.sweep.expand import Cell
+from bitscale.sweep.store import FINISHED, Store
+from bitscale.sweep.trunks import Fork, Run
+
+Row = dict[str, Any]
+TABLE_NAME = "RESULTS"
+_EXCESS_WINDOW = 4  # steps averaged for the peak, as in docs/results/optimizer-state.md
+_END_SHARE = 0.05  # of the steps, averaged at the end
+
+
+def measure_cells(cells: Sequence[Cell], runs: Mapping[str, Run], store: Store) -> list[Row]:
+    """A row for each cell, in their order; figures are None for what has not finished."""
+    figures: dict[str, Row] = {}
+    for cell in cells:
+        if cell.key not in figures:
+            figures[cell.key] = _measure(cell.cfg, runs[cell.key], store)
+    return [
+        {"sweep": cell.sweep, "label": cell.label, "seed": cell.seed}
+        | {key: _plain(value) for key, value in cell.values.items()}
+        | figures[cell.key]
+        for cell in cells
+    ]
+
+
+def _measure(cfg: Config, run: Run, store: Store) -> Row:
+    done = store.done(run.key) or {}
+    m = cfg.model
+    if m.vocab_size is None:
+        m = m.model_copy(update={"vocab_size": _vocab_size(cfg.data.corpora[0].path)})
+    counts = cost.parameters(m)
+    trunk, fork_step = run.fork or (None, None)
+    row: Row = {
+        "hash": run.key,
+        "status": done.get("status", "missing"),
+        "parameters": counts.total,
+        "ternary_parameters": counts.matrices,
+        "tokens": num_steps(cfg) * tokens_per_step(cfg),
+        "steps": num_steps(cfg),
+        **dict.fromkeys(
+            ("valid_loss", "bits_per_byte", "train_loss", "pre_loss", "spike_height")
+            + ("tokens_to_recover", "peak_excess", "mean_excess", "end_excess", "train_seconds")
+        ),
+        "trunk": trunk,
+        "trunk_step": fork_step,
+        "commit": done.get("commit"),
+        "versions": done.get("versions"),
+        "sweep_started": done.get("sweep_started"),
+    }
+    if row["status"] == FINISHED:
+        row |= _figures(run, store)
+    return row
+
+
+@cache
+def _vocab_size(path: str) -> int:
+    return load_corpus(path).vocab_size
+
+
+def _figures(run: Run, store: Store) -> Row:
+    own = _read(store, run.key)
+    trunk = None if run.fork is None else _read(store, run.fork.trunk)
+    whole = own if trunk is None or run.fork is None else _joined(trunk, own, run.fork)
+    summary = summarize(whole)
+    return {
+        "valid_loss": summary.final_valid_loss,
+        "bits_per_byte": summary.bits_per_byte,
+        "train_loss": summary.final_train_loss,
+        "pre_loss": summary.pre_transition_loss,
+        "spike_height": summary.spike_height,
+        "tokens_to_recover": summary.tokens_to_recover,
+        **(_excess(trunk, own) if trunk is not None else {}),
+        "train_seconds": _train_seconds(own),
+    }
+
+
+def _read(store: Store, key: str) -> Metrics:
+    return read_run(store.run_dir(key) / METRICS_NAME, key)
+
+
+def _joined(trunk: Metrics, own: Metrics, fork: Fork) -> Metrics:
+    """The whole history of a forked run."""
+    shared = trunk.train["step"] <= fork.step
+    train: Table = {
+        name: np.concatenate([trunk.train[name][shared], own.train[name]]) for name in own.train
+    }
+    return own._replace(train=train)
+
+
+def _excess(trunk: Metrics, own: Metrics) -> Row:
+    """Training loss over that of the trunk, which goes on in 16 bit over the same batches."""
+    steps, mine, its = np.intersect1d(own.train["step"], trunk.train["step"], return_indices=True)
+    if len(steps) < max(_EXCESS_WINDOW, len(own.train["step"])):
+        return {}  # the trunk ended before
+    excess = own.train["loss"][mine] - trunk.train["loss"][its]
+    end = max(1, math.ceil(_END_SHARE * own.train["step"][-1]))
+    early = excess[: max(1, len(excess) // 3)]
+    return {
+        "peak_excess": float(rolling_mean(excess, _EXCESS_WINDOW).max()),
+        "mean_excess": float(early.mean()),
+        "end_excess": float(excess[-end:].mean()),
+    }
+
+
+def _train_seconds(run: Metrics) -> float | None:
+    """Seconds in training steps, over all sessions; the trunk's are the trunk's."""
+    steps = run.speed["step"]
+    if not len(steps):
+        return None
+    first = run.train["step"][0] - 1
+    lengths = np.diff(np.concatenate([[first], steps]))
+    return float((lengths * run.speed["step_seconds"]).sum())
+
+
+def _plain(value: Any) -> Any:
+    """As it is, or as JSON if it has parts."""
+    return json.dumps(value) if isinstance(value, dict | list) else value
+
+
+def write_table(rows: Sequence[Row], directory: Path) -> list[Path]:
+    """RESULTS.parquet and RESULTS.csv, each whole or not at all. Returns their paths."""
+    import pyarrow
+    from pyarrow import parquet
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: _column([row.get(name) for row in rows]) for name in names}
+    paths = [directory / f"{TABLE_NAME}.parquet", directory / f"{TABLE_NAME}.csv"]
+    staging = [path.with_name(f".{path.name}.partial") for path in paths]
+    parquet.write_table(pyarrow.table(columns), staging[0])
+    with staging[1].open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for values in zip(*columns.values(), strict=True):
+            writer.writerow(["" if value is None else value for value in values])
+    for part, path in zip(staging, paths, strict=True):
+        part.replace(path)
+    return paths
+
+
+def _column(values: list[Any]) -> list[Any]:
+    """Of one type: numbers as they are, anything mixed as text."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {int}:
+        return values
+    if kinds <= {int, float}:
+        return [None if value is None else float(value) for value in values]
+    if len(kinds) <= 1:
+        return values
+    return [None if value is None else str(value) for value in values]
+
+
+def read_table(path: Path) -> list[Row]:
+    """Rows of a RESULTS.parquet or .csv, or of the directory that holds one.
+
+    In a CSV numbers are recognized by their looks, empty fields are None. Raises DataError.
+    """
+    if path.is_dir():
+        path = path / f"{TABLE_NAME}.parquet"
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; name a RESULTS.parquet or .csv, or its directory")
+    if path.suffix == ".csv":
+        with path.open(newline="", encoding="utf-8") as file:
+            return [{k: _parsed(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        rows: list[Row] = parquet.read_table(path).to_pylist()
+        return rows
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _parsed(text: str | None) -> Any:
+    if text is None or text == "":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
