@@ -44,9 +44,7 @@ def read_tree(path: str | Path) -> dict[Any, Any]:
 def interpolate(tree: dict[Any, Any], where: str) -> dict[Any, Any]:
     """`tree` with every `${section.key}` replaced by what it refers to."""
     try:
-        return cast(
-            dict[Any, Any], OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
-        )
+        return cast(dict[Any, Any], OmegaConf.to_container(OmegaConf.create(tree), resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {_first_line(error)}") from error
 

@@ -17,7 +17,7 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
-    count: int  # seeds
+    num_seeds: int
 
     def __str__(self) -> str:
         return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
@@ -29,7 +29,8 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 
     sample = np.asarray(values, dtype=np.float64)
     if len(sample) < 2:
-        return Interval(float(sample.mean()) if len(sample) else math.nan, -math.inf, math.inf, len(sample))  # fmt: skip
+        value = float(sample[0]) if len(sample) else math.nan
+        return Interval(value, -math.inf, math.inf, len(sample))
     error = float(sample.std(ddof=1)) / math.sqrt(len(sample))
     reach = float(stats.t.ppf(0.5 + confidence / 2, len(sample) - 1)) * error
     mean = float(sample.mean())
@@ -39,17 +40,22 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 def judge_sign(interval: Interval, predicted: str, margin: float) -> Verdict:
     """Whether a difference has the predicted sign.
 
-    confirmed: the interval lies on the predicted side of 0 (for zero: within ±margin);
-    contradicted: on the other side (for zero: wholly beyond the margin); not seen: it holds 0 and
-    is within ±margin, so that an effect that matters would have shown; else underpowered.
+    confirmed: the interval lies on the predicted side of 0 (zero: within ±margin; at_most: below
+    the margin); contradicted: on the other side (zero, at_most: wholly beyond the margin); not
+    seen: it holds 0 and is within ±margin, so that an effect that matters would have shown; else
+    underpowered.
     """
-    if interval.count < MIN_SEEDS or not math.isfinite(interval.low):
+    if interval.num_seeds < MIN_SEEDS or not math.isfinite(interval.low):
         return "underpowered"
     if predicted == "zero":
         if -margin <= interval.low and interval.high <= margin:
             return "confirmed"
         beyond = interval.low > margin or interval.high < -margin
         return "contradicted" if beyond else "underpowered"
+    if predicted == "at_most":
+        if interval.high <= margin:
+            return "confirmed"
+        return "contradicted" if interval.low > margin else "underpowered"
     sign = 1.0 if predicted == "positive" else -1.0
     low, high = sorted((sign * interval.low, sign * interval.high))
     if low > 0:
@@ -62,7 +68,7 @@ def judge_sign(interval: Interval, predicted: str, margin: float) -> Verdict:
 def judge_range(interval: Interval, predicted: tuple[float, float]) -> Verdict:
     """Whether a best point lies in the predicted range: its interval within, outside, or across."""
     low, high = predicted
-    if interval.count < MIN_SEEDS:
+    if interval.num_seeds < MIN_SEEDS:
         return "underpowered"
     if low <= interval.low and interval.high <= high:
         return "confirmed"

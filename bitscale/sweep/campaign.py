@@ -59,13 +59,12 @@ def describe(campaign: Campaign, schedule: Schedule) -> list[str]:
     alone = sum(num_steps(cell.cfg) for cell in cells)
     seeds = len({cell.seed for cell in cells})
     forks = sum(run.fork is not None for run in runs)
-    lines = [
+    return [
         f"{len(cells)} cells of {len(campaign.sweeps)} sweeps, {seeds} seeds: {len(runs)} runs, "
         f"{forks} of them forked from {sum(run.is_trunk for run in runs)} trunks; {own:,} steps "
         f"instead of {alone:,}",
         f"{len(schedule.done)} runs are done; results in {campaign.store.root}",
     ]
-    return lines
 
 
 def table_of_runs(campaign: Campaign, schedule: Schedule) -> list[str]:
@@ -75,9 +74,7 @@ def table_of_runs(campaign: Campaign, schedule: Schedule) -> list[str]:
         begin = f"from {run.fork.trunk} at step {run.fork.step:,}" if run.fork else "from scratch"
         saves = f", saves at {', '.join(map(str, run.save_at))}" if run.save_at else ""
         state = "done" if run.key in schedule.done else "to do"
-        lines.append(
-            f"{run.key}  {state:5}  {names[run.key]}: {begin} to {run.last_step:,}{saves}"
-        )
+        lines.append(f"{run.key}  {state:5}  {names[run.key]}: {begin} to {run.last_step:,}{saves}")
     return lines
 
 

@@ -1,33 +1,28 @@
 """A sweep as cells: every point of it with every seed, each a whole, checked configuration."""
 
 import itertools
-import json
 import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
-
-from pydantic import BaseModel, ValidationError
+from typing import Any
 
 from bitscale.config import (
     Config,
-    ModelConfig,
+    RampConfig,
+    TransitionConfig,
     config_hash,
-    explain,
     interpolate,
     merge,
     parse_config,
 )
-from bitscale.data.corpus import load_corpus
 from bitscale.errors import ConfigError
-from bitscale.model import cost
-from bitscale.sweep.expression import evaluate, is_expression
+from bitscale.sweep.derive import Derivation, Tree, get, nested
 from bitscale.sweep.spec import Draw, Keys, Sweep, Value
 
-Tree = dict[str, Any]
 _MAX_CELLS = 10_000
+_DEFAULTS = TransitionConfig()
 
 
 @dataclass(frozen=True)
@@ -66,44 +61,39 @@ def expand(sweep: Sweep) -> list[Cell]:
     for label, keys in points:
         for seed in spec.seeds.values:
             tree = _tree(sweep, label, keys, seed)
-            cfg = parse_config(tree, where=f"{sweep.path}, cell {label!r}, seed {seed}")
+            cfg = canonical(parse_config(tree, where=f"{sweep.path}, cell {label!r}, seed {seed}"))
             values = {key: get(tree, key) for key in varied}
             cells.append(Cell(sweep.name, label, seed, cfg, values, spec.keep))
     _check_claims(sweep, set(labels))
     return cells
 
 
-def get(tree: Tree, key: str) -> Any:
-    """The value of a dotted key: the tree's, or else the schema's default.
-
-    Raises KeyError for a key that no configuration has.
-    """
-    node: Any = tree
-    section: type[BaseModel] | None = Config
-    for part in key.split("."):
-        field = None if section is None else section.model_fields.get(part)
-        default = None if field is None or field.is_required() else field.default
-        if isinstance(node, dict) and part in node:
-            node = node[part]
-        elif isinstance(node, BaseModel):
-            node = getattr(node, part)
-        elif field is not None and not (node is None and section is not Config):
-            node = default
-        else:
-            return None if node is None and section is not None else _no_such(key)
-        section = _section_of(field.annotation) if field else None
-    return json.loads(node.model_dump_json()) if isinstance(node, BaseModel) else node
+def canonical(cfg: Config) -> Config:
+    """`cfg` without settings that cannot act: cells that are the same run get the same hash."""
+    if cfg.transition.at is None:
+        return sixteen_bit(cfg)
+    changes: dict[str, Any] = {}
+    if cfg.transition.lr != "rewarm":
+        changes["lr_rewarm"] = _DEFAULTS.lr_rewarm
+    if cfg.transition.weight_decay != "off_at":
+        changes["weight_decay_off_at"] = _DEFAULTS.weight_decay_off_at
+    if cfg.transition.ramp.shape == "none":
+        changes["ramp"] = RampConfig()
+    return cfg.model_copy(update={"transition": cfg.transition.model_copy(update=changes)})
 
 
-def _no_such(key: str) -> Any:
-    raise KeyError(key)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type):
-        return annotation if issubclass(annotation, BaseModel) else None
-    inner = (_section_of(argument) for argument in getattr(annotation, "__args__", ()))
-    return next((section for section in inner if section is not None), None)
+def sixteen_bit(cfg: Config) -> Config:
+    """`cfg` without its transition; what acts without one stays."""
+    kept = cfg.transition
+    alone = TransitionConfig(guard=kept.guard)
+    if kept.weight_decay == "off_at":
+        alone = alone.model_copy(
+            update={
+                "weight_decay": kept.weight_decay,
+                "weight_decay_off_at": kept.weight_decay_off_at,
+            }
+        )
+    return cfg.model_copy(update={"transition": alone})
 
 
 def _points(sweep: Sweep) -> Iterator[tuple[str, Keys]]:
@@ -151,58 +141,19 @@ def _shown(value: Value) -> str:
 
 
 def _tree(sweep: Sweep, label: str, keys: Keys, seed: int) -> Tree:
-    """The configuration of one cell, expressions evaluated in the order in which keys were set."""
+    """The configuration of one cell, all expressions evaluated."""
     where = f"{sweep.path}, cell {label!r}"
+    tree = sweep.tree
     assigned = sweep.spec.set | keys | dict.fromkeys(sweep.spec.seeds.keys, seed)
-    tree = cast(Tree, sweep.tree)
     for key, value in assigned.items():
-        tree = merge(tree, _nested(key, value))
+        tree = merge(tree, nested(key, value))
     tree = interpolate(merge(tree, {"run": {"dir": "cell"}}), where)
     if get(tree, "engine.num_threads") == 0:  # all cores would be as many as there are workers
         tree = merge(tree, {"engine": {"num_threads": 1}})
-    for key in assigned:
-        value = get(tree, key)
-        if is_expression(value):
-            try:
-                result = evaluate(value, lambda name: _look_up(tree, name, seed))  # noqa: B023
-            except ConfigError as error:
-                raise ConfigError(f"{where}: {key}: {error}") from None
-            tree = merge(tree, _nested(key, result))
-    return tree
-
-
-def _nested(key: str, value: Any) -> Tree:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return cast(Tree, value)
-
-
-def _look_up(tree: Tree, name: str, seed: int) -> object:
-    if name == "seed":
-        return seed
-    if name in ("parameters", "ternary_parameters"):
-        counts = cost.parameters(_model(tree))
-        return counts.total if name == "parameters" else counts.matrices
     try:
-        value = get(tree, name)
-    except KeyError:
-        raise ConfigError(
-            f"{name!r} is no configuration key; use one, or parameters, ternary_parameters, seed"
-        ) from None
-    if is_expression(value):
-        raise ConfigError(f"{name} is itself derived, and later; set it before")
-    return value
-
-
-def _model(tree: Tree) -> ModelConfig:
-    """The model section, with its vocabulary taken from the corpus where it is not given."""
-    section = dict(tree.get("model") or {})
-    if section.get("vocab_size") is None:
-        section["vocab_size"] = load_corpus(tree["data"]["corpora"][0]["path"]).vocab_size
-    try:
-        return ModelConfig.model_validate_json(json.dumps(section))
-    except ValidationError as error:
-        raise ConfigError(f"parameters cannot be counted: {explain(error, ModelConfig)}") from error
+        return Derivation(tree, sweep.tree, seed).whole()
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _check_claims(sweep: Sweep, labels: set[str]) -> None:

@@ -22,6 +22,13 @@ _COLOURS = {
     "underpowered": MUTED,
 }
 
+_PREDICTED = {
+    "negative": "← predicted",
+    "positive": "predicted →",
+    "zero": "predicted: 0",
+    "at_most": "predicted: below the margin",
+}
+
 
 def draw_sweep(
     sweep: Sweep, rows: Sequence[Row], judgements: Sequence[Judgement], path: Path
@@ -38,7 +45,8 @@ def draw_sweep(
         figure.suptitle(sweep.spec.title or sweep.name, color=INK, fontsize=11, x=0.01, ha="left")
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_name(f".partial-{path.name}")
-        figure.savefig(staging, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)  # fmt: skip
+        undated = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(staging, format=path.suffix[1:], metadata=undated)
         staging.replace(path)
 
 
@@ -65,9 +73,16 @@ def _draw_claims(axes: Axes, judgements: Sequence[Judgement]) -> None:
         margin = judgement.claim.margin
         if margin:
             axes.plot([-margin, margin], [place + 0.22] * 2, color=MUTED, lw=0.8)
-        predicted = {"negative": "← predicted", "positive": "predicted →", "zero": "predicted: 0"}
-        text = f"{judgement.claim.id} ({predicted[str(judgement.claim.predicted)]}): {judgement.verdict}"  # fmt: skip
-        axes.annotate(text, (0, place - 0.2), xycoords=("axes fraction", "data"), fontsize=8, color=colour)  # fmt: skip
+        predicted = {
+            "negative": "← predicted",
+            "positive": "predicted →",
+            "zero": "predicted: 0",
+            "at_most": "predicted: below the margin",
+        }
+        direction = _PREDICTED[str(judgement.claim.predicted)]
+        text = f"{judgement.claim.id} ({direction}): {judgement.verdict}"
+        at = axes.get_yaxis_transform()  # across the axes, at this height
+        axes.text(0, place - 0.2, text, transform=at, fontsize=8, color=colour)
     axes.set_ylim(len(judgements) - 0.4, -0.6)
     axes.set_yticks([])
     axes.set_xlabel("paired difference, 95% interval (thin line: the margin)")

@@ -4,13 +4,13 @@ import multiprocessing
 import os
 import signal
 from multiprocessing import connection
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import ForkServerProcess
 from types import FrameType
 
 from bitscale.sweep.progress import Progress
 from bitscale.sweep.schedule import Schedule
 from bitscale.sweep.trunks import Run
-from bitscale.sweep.worker import PRELOAD, work
+from bitscale.sweep.worker import PRELOAD, PRELOAD_ON_CPU, work
 
 _POLL_SECONDS = 0.5
 
@@ -37,11 +37,15 @@ class _Stop:
 def run_local(schedule: Schedule, progress: Progress, workers: int) -> bool:
     """Run everything that remains. Returns False if a signal stopped it: saved, to be continued."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     # Read by libraries when they are imported, so before the server starts.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if all(run.cfg.engine.device == "cpu" for run in schedule.runs.values()):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        context.set_forkserver_preload(PRELOAD_ON_CPU)
+    else:  # DeepSpeed would look for the GPU, which a fork must not share
+        context.set_forkserver_preload(PRELOAD)
     stop = _Stop()
-    active: dict[str, tuple[Run, BaseProcess]] = {}
+    active: dict[str, tuple[Run, ForkServerProcess]] = {}
     told = False
     try:
         while True:
@@ -76,5 +80,3 @@ def run_local(schedule: Schedule, progress: Progress, workers: int) -> bool:
 def default_workers() -> int:
     """One a core that this process may use."""
     return len(os.sched_getaffinity(0))
-
-

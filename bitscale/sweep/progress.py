@@ -1,4 +1,4 @@
-"""What a sweep says while it runs: a line for each run that ends, now and then where the others are."""
+"""What a sweep says while it runs: a line for each run that ends, at times where the others are."""
 
 import time
 from collections.abc import Callable, Mapping

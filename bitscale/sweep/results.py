@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bitscale.config import Config, num_steps, tokens_per_step
+from bitscale.config import Config, config_hash, num_steps, tokens_per_step, transition_step
 from bitscale.data.corpus import load_corpus
 from bitscale.errors import DataError
 from bitscale.model import cost
@@ -19,12 +19,17 @@ from bitscale.report.read import Run as Metrics
 from bitscale.report.read import Table, read_run
 from bitscale.report.spike import rolling_mean
 from bitscale.report.summary import summarize
-from bitscale.sweep.expand import Cell
+from bitscale.sweep.expand import Cell, sixteen_bit
 from bitscale.sweep.store import FINISHED, Store
 from bitscale.sweep.trunks import Fork, Run
 
 Row = dict[str, Any]
 TABLE_NAME = "RESULTS"
+# What a finished run's metrics say, losses in nats per token.
+FIGURES = (
+    *("valid_loss", "bits_per_byte", "train_loss", "pre_loss", "spike_height"),
+    *("tokens_to_recover", "peak_excess", "mean_excess", "end_excess", "train_seconds"),
+)
 _EXCESS_WINDOW = 4  # steps averaged for the peak, as in docs/results/optimizer-state.md
 _END_SHARE = 0.05  # of the steps, averaged at the end
 
@@ -48,7 +53,7 @@ def _measure(cfg: Config, run: Run, store: Store) -> Row:
     m = cfg.model
     if m.vocab_size is None:
         m = m.model_copy(update={"vocab_size": _vocab_size(cfg.data.corpora[0].path)})
-    counts = cost.parameters(m)
+    counts, start = cost.parameters(m), transition_step(cfg)
     trunk, fork_step = run.fork or (None, None)
     row: Row = {
         "hash": run.key,
@@ -57,10 +62,9 @@ def _measure(cfg: Config, run: Run, store: Store) -> Row:
         "ternary_parameters": counts.matrices,
         "tokens": num_steps(cfg) * tokens_per_step(cfg),
         "steps": num_steps(cfg),
-        **dict.fromkeys(
-            ("valid_loss", "bits_per_byte", "train_loss", "pre_loss", "spike_height")
-            + ("tokens_to_recover", "peak_excess", "mean_excess", "end_excess", "train_seconds")
-        ),
+        "transition_fraction": None if start is None else start / num_steps(cfg),
+        "qat_fraction": 0.0 if start is None else 1 - start / num_steps(cfg),
+        **dict.fromkeys(FIGURES),
         "trunk": trunk,
         "trunk_step": fork_step,
         "commit": done.get("commit"),
@@ -69,6 +73,7 @@ def _measure(cfg: Config, run: Run, store: Store) -> Row:
     }
     if row["status"] == FINISHED:
         row |= _figures(run, store)
+        row |= _excess(run, cfg, store)
     return row
 
 
@@ -89,7 +94,6 @@ def _figures(run: Run, store: Store) -> Row:
         "pre_loss": summary.pre_transition_loss,
         "spike_height": summary.spike_height,
         "tokens_to_recover": summary.tokens_to_recover,
-        **(_excess(trunk, own) if trunk is not None else {}),
         "train_seconds": _train_seconds(own),
     }
 
@@ -107,17 +111,24 @@ def _joined(trunk: Metrics, own: Metrics, fork: Fork) -> Metrics:
     return own._replace(train=train)
 
 
-def _excess(trunk: Metrics, own: Metrics) -> Row:
-    """Training loss over that of the trunk, which goes on in 16 bit over the same batches."""
-    steps, mine, its = np.intersect1d(own.train["step"], trunk.train["step"], return_indices=True)
-    if len(steps) < max(_EXCESS_WINDOW, len(own.train["step"])):
-        return {}  # the trunk ended before
-    excess = own.train["loss"][mine] - trunk.train["loss"][its]
-    end = max(1, math.ceil(_END_SHARE * own.train["step"][-1]))
-    early = excess[: max(1, len(excess) // 3)]
+def _excess(run: Run, cfg: Config, store: Store) -> Row:
+    """Training loss over that of the same run without its transition, over the same batches.
+
+    Nothing if that run, a cell of its own, has not finished.
+    """
+    start, twin = transition_step(cfg), config_hash(sixteen_bit(cfg))
+    if not start or (store.done(twin) or {}).get("status") != FINISHED:
+        return {}
+    own, its = _read(store, run.key), _read(store, twin)
+    _, mine, other = np.intersect1d(own.train["step"], its.train["step"], return_indices=True)
+    after = own.train["step"][mine] > start
+    excess = (own.train["loss"][mine] - its.train["loss"][other])[after]
+    if len(excess) < _EXCESS_WINDOW:
+        return {}
+    end = max(1, math.ceil(_END_SHARE * num_steps(cfg)))
     return {
         "peak_excess": float(rolling_mean(excess, _EXCESS_WINDOW).max()),
-        "mean_excess": float(early.mean()),
+        "mean_excess": float(excess.mean()),
         "end_excess": float(excess[-end:].mean()),
     }
 

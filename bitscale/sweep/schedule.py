@@ -57,7 +57,7 @@ class Schedule:
         return not disk.adopt_finished(self.store, run, self._provenance)
 
     def remaining(self) -> list[Run]:
-        """Runs that still are to be done, and can be: failed ones and what hangs on them left out."""
+        """Runs that are to be done and can be: without failed ones and what hangs on them."""
         return [
             run
             for run in self.runs.values()
@@ -67,13 +67,13 @@ class Schedule:
     def _blocked(self, run: Run) -> bool:
         fork = run.fork
         return (
-            fork is not None
-            and fork.trunk in self.failed
-            and not self.store.has_checkpoint(*fork)
+            fork is not None and fork.trunk in self.failed and not self.store.has_checkpoint(*fork)
         )
 
     def blocked(self) -> list[Run]:
-        return [run for run in self.runs.values() if run.key not in self.done and self._blocked(run)]
+        return [
+            run for run in self.runs.values() if run.key not in self.done and self._blocked(run)
+        ]
 
     def next_run(self) -> Run | None:
         """The next run that can begin now: its trunk has saved where it begins."""
@@ -106,7 +106,7 @@ class Schedule:
         )
 
     def end(self, run: Run, code: int) -> str:
-        """Take note of the exit code. Returns what to say: done, diverged, stopped, retry, failed."""
+        """Take note of the exit code. Returns finished, diverged, stopped, retry or failed."""
         self.running.discard(run.key)
         if code == STOPPED:
             return "stopped"

@@ -12,7 +12,7 @@ from bitscale.errors import ConfigError
 Scalar = bool | int | float | str | None
 Value = Scalar | list[Any]  # an expression is a text that begins with "="
 Keys = dict[str, Value]  # dotted configuration key -> value
-Direction = Literal["negative", "positive", "zero"]
+Direction = Literal["negative", "positive", "zero", "at_most"]  # at_most: not above the margin
 
 
 class _Section(BaseModel):
@@ -76,9 +76,9 @@ class Claim(_Section):
         if self.best and (not self.of or isinstance(self.predicted, str)):
             raise ValueError("best needs `of: KEY` and a range, predicted: [LOW, HIGH]")
         if self.contrast and not isinstance(self.predicted, str):
-            raise ValueError("a contrast needs predicted: negative, positive or zero")
-        if self.predicted == "zero" and self.margin <= 0:
-            raise ValueError("predicted: zero needs a margin above 0")
+            raise ValueError("a contrast needs predicted: negative, positive, zero or at_most")
+        if self.predicted in ("zero", "at_most") and self.margin <= 0:
+            raise ValueError(f"predicted: {self.predicted} needs a margin above 0")
         return self
 
 

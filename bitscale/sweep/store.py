@@ -1,10 +1,10 @@
 """Where a sweep's runs are, which of them are done, and what is kept of them.
 
-    OUT/runs/KEY/            a run directory as `bitscale train` writes it, KEY its configuration's hash
-    OUT/runs/KEY/log.txt     what it printed
-    OUT/runs/KEY/done.json   written last: how it ended
-    OUT/sweeps/NAME.json     which runs belong to a sweep, as what
-    OUT/RESULTS.parquet, .csv
+OUT/runs/KEY/            a run directory as `bitscale train` writes it, KEY its configuration's hash
+OUT/runs/KEY/log.txt     what it printed
+OUT/runs/KEY/done.json   written last: how it ended
+OUT/sweeps/NAME.json     which runs belong to a sweep, as what
+OUT/RESULTS.parquet, .csv
 """
 
 import json

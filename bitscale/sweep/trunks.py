@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from bitscale.config import (
     Config,
-    TransitionConfig,
     config_hash,
     num_steps,
     quant_spec,
@@ -21,7 +20,7 @@ from bitscale.config import (
     transition_step,
 )
 from bitscale.optim import learning_rate, weight_decay
-from bitscale.sweep.expand import Cell
+from bitscale.sweep.expand import Cell, sixteen_bit
 
 
 class Fork(NamedTuple):
@@ -93,7 +92,8 @@ def _find_trunks(wanted: dict[str, Config]) -> dict[str, _Trunk]:
         if step > num_steps(cfg):
             continue
         mine = prefixes.of(cfg, step)
-        for trunk in trunks.values():
+        twin = trunks.get(config_hash(sixteen_bit(cfg)))  # first: it goes on beside the fork
+        for trunk in [twin, *trunks.values()] if twin else trunks.values():
             if trunk.end >= step and prefixes.of(trunk.cfg, step) == mine:
                 trunk.forks[key] = step
                 break
@@ -107,20 +107,6 @@ def _find_trunks(wanted: dict[str, Config]) -> dict[str, _Trunk]:
                 alone = sixteen_bit(cfg)
                 trunks[config_hash(alone)] = _Trunk(alone, step, {key: step})
     return trunks
-
-
-def sixteen_bit(cfg: Config) -> Config:
-    """`cfg` without its transition; what acts without one stays."""
-    kept = cfg.transition
-    alone = TransitionConfig(guard=kept.guard)
-    if kept.weight_decay == "off_at":
-        alone = alone.model_copy(
-            update={
-                "weight_decay": kept.weight_decay,
-                "weight_decay_off_at": kept.weight_decay_off_at,
-            }
-        )
-    return cfg.model_copy(update={"transition": alone})
 
 
 class _Prefixes:
@@ -178,5 +164,3 @@ def run_config(run: Run, directory: str) -> Config:
             "train": trained,
         }
     )
-
-

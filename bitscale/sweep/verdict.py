@@ -7,8 +7,15 @@ from typing import NamedTuple
 import numpy as np
 
 from bitscale.errors import ConfigError
-from bitscale.fit.paired import Interval, Verdict, best_interval, judge_range, judge_sign, mean_interval  # fmt: skip
-from bitscale.sweep.results import Row
+from bitscale.fit.paired import (  # fmt: skip
+    Interval,
+    Verdict,
+    best_interval,
+    judge_range,
+    judge_sign,
+    mean_interval,
+)
+from bitscale.sweep.results import FIGURES, Row
 from bitscale.sweep.spec import Claim, Sweep
 from bitscale.sweep.store import FINISHED
 
@@ -43,10 +50,9 @@ def judge(sweep: Sweep, rows: Sequence[Row]) -> list[Judgement]:
 def _judge(name: str, claim: Claim, rows: Sequence[Row]) -> Judgement:
     labels = tuple(claim.contrast) or claim.best
     found = {(row["label"], row["seed"]): row for row in rows if row["label"] in labels}
-    if found and claim.measure not in next(iter(found.values())):
+    if claim.measure not in FIGURES:
         raise ConfigError(
-            f"claim {claim.id!r}: {claim.measure!r} is no measure; use valid_loss, train_loss, "
-            "spike_height, peak_excess, mean_excess, end_excess or bits_per_byte"
+            f"claim {claim.id!r}: {claim.measure!r} is no measure; use one of {', '.join(FIGURES)}"
         )
     values = {key: _number(row.get(claim.measure)) for key, row in found.items()}
     seeds = sorted({seed for _, seed in found})
