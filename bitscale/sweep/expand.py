@@ -61,11 +61,19 @@ def expand(sweep: Sweep) -> list[Cell]:
     for label, keys in points:
         for seed in spec.seeds.values:
             tree = _tree(sweep, label, keys, seed)
-            cfg = canonical(parse_config(tree, where=f"{sweep.path}, cell {label!r}, seed {seed}"))
+            cfg = _config(tree, f"{sweep.path}, cell {label!r}, seed {seed}")
             values = {key: get(tree, key) for key in varied}
             cells.append(Cell(sweep.name, label, seed, cfg, values, spec.keep))
     _check_claims(sweep, set(labels))
     return cells
+
+
+def _config(tree: Tree, where: str) -> Config:
+    try:
+        return canonical(parse_config(tree, where=where))
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from None
 
 
 def canonical(cfg: Config) -> Config:

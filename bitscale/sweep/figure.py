@@ -73,12 +73,6 @@ def _draw_claims(axes: Axes, judgements: Sequence[Judgement]) -> None:
         margin = judgement.claim.margin
         if margin:
             axes.plot([-margin, margin], [place + 0.22] * 2, color=MUTED, lw=0.8)
-        predicted = {
-            "negative": "← predicted",
-            "positive": "predicted →",
-            "zero": "predicted: 0",
-            "at_most": "predicted: below the margin",
-        }
         direction = _PREDICTED[str(judgement.claim.predicted)]
         text = f"{judgement.claim.id} ({direction}): {judgement.verdict}"
         at = axes.get_yaxis_transform()  # across the axes, at this height

@@ -10,7 +10,7 @@ from bitscale.config import explain, merge, override, read_tree, read_yaml
 from bitscale.errors import ConfigError
 
 Scalar = bool | int | float | str | None
-Value = Scalar | list[Any]  # an expression is a text that begins with "="
+Value = Scalar | list[Any] | dict[str, Any]  # an expression is a text that begins with "="
 Keys = dict[str, Value]  # dotted configuration key -> value
 Direction = Literal["negative", "positive", "zero", "at_most"]  # at_most: not above the margin
 
