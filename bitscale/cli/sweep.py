@@ -43,6 +43,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/sweeps"), metavar="DIR",
                         help="runs and results (default: runs/sweeps)")  # fmt: skip
+    parser.add_argument("--over", type=Path, metavar="FILE.yaml", help="goes over every base")
     parser.add_argument("--workers", type=int, metavar="N", help="runs at once (default: cores)")
     parser.add_argument("--backend", choices=("local", "slurm", "print"), default="local")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained")
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     paths = [Path(item) for item in args.items if "=" not in item]
     overrides = [item for item in args.items if "=" in item] + args.overrides
-    campaign = campaigns.plan(paths, overrides, args.out)
+    campaign = campaigns.plan(paths, overrides, args.out, args.over)
     schedule = campaigns.make_schedule(campaign, shlex.split(args.launcher))
     for line in campaigns.describe(campaign, schedule):
         print(line, file=sys.stderr if args.backend == "print" else sys.stdout, flush=True)

@@ -37,12 +37,16 @@ class Campaign:
         return names
 
 
-def plan(paths: Sequence[Path], overrides: Sequence[str], out: Path) -> Campaign:
+def plan(
+    paths: Sequence[Path], overrides: Sequence[str], out: Path, over: Path | None = None
+) -> Campaign:
     """Read and expand every file (a directory stands for its *.yaml); everything is checked.
+
+    `over` and then `overrides` go over the bases of all.
 
     Raises ConfigError or DataError, before anything is trained.
     """
-    sweeps = [read_sweep(path, list(overrides)) for path in sweep_paths(list(paths))]
+    sweeps = [read_sweep(path, overrides, over) for path in sweep_paths(list(paths))]
     check_names(sweeps)
     cells = [cell for sweep in sweeps for cell in expand(sweep)]
     return Campaign(tuple(sweeps), tuple(cells), tuple(plan_runs(cells)), Store(out))

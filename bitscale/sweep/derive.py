@@ -63,21 +63,14 @@ class Derivation:
             return counts.total if name == "parameters" else counts.matrices
         try:
             if name.startswith("base."):
-                return self._base_value(name.removeprefix("base."))
+                base = Derivation(self._base, self._base, self._seed)
+                return base._look_up(name.removeprefix("base."))
             return self._resolve(name)
         except KeyError:
             raise ConfigError(
                 f"{name!r} is no configuration key; use one (base.KEY for its value before the "
                 f"cell's own), {', '.join(_COUNTS)} or seed"
             ) from None
-
-    def _base_value(self, key: str) -> object:
-        if key in _COUNTS:
-            return Derivation(self._base, self._base, self._seed)._look_up(key)
-        value: object = get(self._base, key)
-        if is_expression(value):
-            raise ConfigError(f"base.{key} is itself derived; use {key}")
-        return value
 
 
 def _expressions(tree: Tree, above: str = "") -> Iterator[str]:

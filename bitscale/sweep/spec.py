@@ -1,6 +1,7 @@
 """A sweep file: what is varied, over which seeds, and what is claimed beforehand."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -115,8 +116,8 @@ class Sweep(BaseModel):
     tree: dict[str, Any]  # of the base, with the command line's overrides
 
 
-def read_sweep(path: Path, overrides: list[str] | None = None) -> Sweep:
-    """Read `path` and its base; `overrides` (`section.key=value`) go over the base.
+def read_sweep(path: Path, overrides: Sequence[str] = (), over: Path | None = None) -> Sweep:
+    """Read `path` and its base; the file `over` and then `overrides` (KEY=VALUE) go over the base.
 
     Raises ConfigError, naming file and key.
     """
@@ -130,4 +131,6 @@ def read_sweep(path: Path, overrides: list[str] | None = None) -> Sweep:
     tree: dict[str, Any] = {}
     for name in names:
         tree = merge(tree, read_tree(path.parent / name))
-    return Sweep(name=path.stem, path=path, spec=spec, tree=override(tree, overrides or []))
+    if over is not None:
+        tree = merge(tree, read_tree(over))
+    return Sweep(name=path.stem, path=path, spec=spec, tree=override(tree, overrides))
