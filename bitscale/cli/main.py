@@ -15,11 +15,13 @@ from bitscale.cli import (
     config,
     evaluate,
     export,
+    fit,
     import_model,
     inspect,
     plan,
     prepare,
     probe,
+    recommend,
     report,
     sweep,
     train,
@@ -53,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         verify,
         report,
         sweep,
+        fit,
+        recommend,
         config,
     ):
         command.add_parser(subparsers)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitscale.config import num_steps
+from bitscale.fit.table import Row
 from bitscale.recorder import format_duration
 from bitscale.sweep.expand import Cell, check_names, expand, sweep_paths
 from bitscale.sweep.provenance import provenance
-from bitscale.sweep.results import Row, measure_cells, write_table
+from bitscale.sweep.results import measure_cells, write_table
 from bitscale.sweep.schedule import Schedule
 from bitscale.sweep.spec import Sweep, read_sweep
 from bitscale.sweep.store import Store, write_json

@@ -4,9 +4,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from bitscale.fit.table import Row
 from bitscale.recorder import format_count, format_duration
 from bitscale.sweep.campaign import Campaign
-from bitscale.sweep.results import Row
 from bitscale.sweep.verdict import Judgement
 
 _RULES = """\

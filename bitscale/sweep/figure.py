@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bitscale.fit.paired import mean_interval
+from bitscale.fit.table import Row
 from bitscale.report.draw import INK, MUTED, SERIES, STYLE
-from bitscale.sweep.results import Row
 from bitscale.sweep.spec import Sweep
 from bitscale.sweep.store import FINISHED
 from bitscale.sweep.verdict import Judgement

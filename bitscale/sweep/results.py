@@ -10,9 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from bitscale.config import Config, config_hash, num_steps, tokens_per_step, transition_step
+from bitscale.config import (
+    Config,
+    config_hash,
+    num_steps,
+    quant_spec,
+    tokens_per_step,
+    transition_step,
+)
 from bitscale.data.corpus import load_corpus
-from bitscale.errors import DataError
+from bitscale.fit.table import TABLE_NAME, Row
 from bitscale.model import cost
 from bitscale.recorder import METRICS_NAME
 from bitscale.report.read import Run as Metrics
@@ -23,8 +30,6 @@ from bitscale.sweep.expand import Cell, sixteen_bit
 from bitscale.sweep.store import FINISHED, Store
 from bitscale.sweep.trunks import Fork, Run
 
-Row = dict[str, Any]
-TABLE_NAME = "RESULTS"
 # What a finished run's metrics say, losses in nats per token.
 FIGURES = (
     *("valid_loss", "bits_per_byte", "train_loss", "pre_loss", "spike_height"),
@@ -63,6 +68,7 @@ def _measure(cfg: Config, run: Run, store: Store) -> Row:
         "tokens": num_steps(cfg) * tokens_per_step(cfg),
         "steps": num_steps(cfg),
         "transition_fraction": None if start is None else start / num_steps(cfg),
+        "weight_bits": 16.0 if start is None else weight_bits(cfg),
         "qat_fraction": 0.0 if start is None else 1 - start / num_steps(cfg),
         **dict.fromkeys(FIGURES),
         "trunk": trunk,
@@ -75,6 +81,11 @@ def _measure(cfg: Config, run: Run, store: Store) -> Row:
         row |= _figures(run, store)
         row |= _excess(run, cfg, store)
     return row
+
+
+def weight_bits(cfg: Config) -> float:
+    """Bits a weight at λ = 1: log2 of its number of levels."""
+    return math.log2(quant_spec(cfg.quant).weight.num_levels)
 
 
 @cache
@@ -178,36 +189,3 @@ def _column(values: list[Any]) -> list[Any]:
     if len(kinds) <= 1:
         return values
     return [None if value is None else str(value) for value in values]
-
-
-def read_table(path: Path) -> list[Row]:
-    """Rows of a RESULTS.parquet or .csv, or of the directory that holds one.
-
-    In a CSV numbers are recognized by their looks, empty fields are None. Raises DataError.
-    """
-    if path.is_dir():
-        path = path / f"{TABLE_NAME}.parquet"
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; name a RESULTS.parquet or .csv, or its directory")
-    if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8") as file:
-            return [{k: _parsed(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        rows: list[Row] = parquet.read_table(path).to_pylist()
-        return rows
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from None
-
-
-def _parsed(text: str | None) -> Any:
-    if text is None or text == "":
-        return None
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

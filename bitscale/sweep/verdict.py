@@ -15,7 +15,8 @@ from bitscale.fit.paired import (  # fmt: skip
     judge_sign,
     mean_interval,
 )
-from bitscale.sweep.results import FIGURES, Row
+from bitscale.fit.table import Row, number
+from bitscale.sweep.results import FIGURES
 from bitscale.sweep.spec import Claim, Sweep
 from bitscale.sweep.store import FINISHED
 
@@ -54,7 +55,7 @@ def _judge(name: str, claim: Claim, rows: Sequence[Row]) -> Judgement:
         raise ConfigError(
             f"claim {claim.id!r}: {claim.measure!r} is no measure; use one of {', '.join(FIGURES)}"
         )
-    values = {key: _number(row.get(claim.measure)) for key, row in found.items()}
+    values = {key: number(row.get(claim.measure)) for key, row in found.items()}
     seeds = sorted({seed for _, seed in found})
     whole = [
         seed
@@ -81,14 +82,10 @@ def _best(
     if not seeds:
         return Interval(math.nan, -math.inf, math.inf, 0)
     losses = np.array([[values[label, seed] for seed in seeds] for label in claim.best])
-    positions = [_number(found[label, seeds[0]].get(claim.of)) for label in claim.best]
+    positions = [number(found[label, seeds[0]].get(claim.of)) for label in claim.best]
     if not all(map(math.isfinite, positions)):
         raise ConfigError(
             f"claim {claim.id!r}: {claim.of!r} is no number in every cell of `best`; use a column "
             "of RESULTS that is"
         )
     return best_interval(losses, positions)
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan

@@ -15,7 +15,7 @@ import torch
 from bitscale.checkpoint import Reader
 from bitscale.cli.main import main
 from bitscale.config import load_config
-from bitscale.sweep.results import read_table
+from bitscale.fit.table import read_table
 from runs import environment, metrics, start, train
 
 pytestmark = pytest.mark.e2e
