@@ -9,7 +9,7 @@ import numpy as np
 from bitscale.errors import DataError
 from bitscale.fit.laws import Columns, Floats, Law, Values
 
-HUBER_DELTA = 1e-3  # of ln(loss), as in arXiv:2203.15556
+HUBER_DELTA = 1e-3  # of ln(loss), as in arXiv:2203.15556; of the first fit
 _NUM_STARTS = 12
 _FAR = 1e3
 _LOG_BOUND = math.log(1e3)  # a scaled value beyond this factor of 1 means nothing
@@ -62,11 +62,12 @@ def fit_law(
     _check(law, columns, observed)
     means = {name: float(np.exp(np.log(columns[name]).mean())) for name in law.scaled}
     scaled = {name: columns[name] / means.get(name, 1.0) for name in law.columns}
-    best = min(
-        (_minimize(law, scaled, observed, start) for start in _starts(law)), key=lambda f: f[1]
-    )[0]
+    data = _Data(law, scaled, observed, HUBER_DELTA if law.logarithmic else 3 * HUBER_DELTA)
+    best = min((_minimize(data, start) for start in _starts(law)), key=lambda fit: fit[1])[0]
+    data = data._replace(delta=_delta(data, best))
+    best = _minimize(data, best)[0]
     predicted = law.predict(scaled, _values(law, best))
-    refits, how = _bootstrap(law, scaled, observed, predicted, best, seeds, resamples)
+    refits, how = _bootstrap(data, predicted, best, seeds, resamples)
     every = [law.unscale(_values(law, theta), means) for theta in refits]
     center = law.unscale(_values(law, best), means)
     estimates = {}
@@ -122,26 +123,42 @@ def _values(law: Law, theta: Floats) -> dict[str, float]:
     return dict(zip(law.starts, np.exp(theta).tolist(), strict=True))
 
 
-def _minimize(law: Law, columns: Columns, observed: Floats, start: Floats) -> tuple[Floats, float]:
+class _Data(NamedTuple):
+    law: Law
+    columns: Columns
+    observed: Floats
+    delta: float  # Huber's, of ln(loss) or of the loss
+
+    def errors(self, theta: Floats) -> Floats:
+        with np.errstate(all="ignore"):  # at values far from any fit
+            predicted = self.law.predict(self.columns, _values(self.law, theta))
+            ratio = self.law.logarithmic
+            error = np.log(predicted / self.observed) if ratio else predicted - self.observed
+        return np.nan_to_num(error, nan=_FAR, posinf=_FAR, neginf=-_FAR)
+
+
+def _delta(data: _Data, best: Floats) -> float:
+    """Huber's usual 1.345 robust standard deviations of the residuals, at least that of before.
+
+    With much smaller ones the fit is one of absolute deviations: twice as uncertain, and its
+    bootstrap intervals too narrow.
+    """
+    errors = data.errors(best)
+    spread = 1.4826 * float(np.median(np.abs(errors - np.median(errors))))
+    return max(data.delta, 1.345 * spread)
+
+
+def _minimize(data: _Data, start: Floats) -> tuple[Floats, float]:
     """The values (their logarithms) of least Huber loss near `start`, and that loss."""
     from scipy.optimize import least_squares
 
-    # Of a loss near 3, a residual of ln L and one of L differ by that factor.
-    delta = HUBER_DELTA if law.logarithmic else HUBER_DELTA * 3
-
-    def residuals(theta: Floats) -> Floats:
-        with np.errstate(all="ignore"):  # at values far from any fit
-            predicted = law.predict(columns, _values(law, theta))
-            error = np.log(predicted / observed) if law.logarithmic else predicted - observed
-        return np.nan_to_num(error, nan=_FAR, posinf=_FAR, neginf=-_FAR)
-
     start = np.clip(start, -_LOG_BOUND * 0.99, _LOG_BOUND * 0.99)
     found: Any = least_squares(
-        residuals,
+        data.errors,
         start,
         bounds=(-_LOG_BOUND, _LOG_BOUND),
         loss="huber",
-        f_scale=delta,
+        f_scale=data.delta,
         x_scale="jac",
         max_nfev=400,
     )
@@ -149,15 +166,10 @@ def _minimize(law: Law, columns: Columns, observed: Floats, start: Floats) -> tu
 
 
 def _bootstrap(
-    law: Law,
-    columns: Columns,
-    observed: Floats,
-    predicted: Floats,
-    best: Floats,
-    seeds: Sequence[int] | None,
-    resamples: int,
+    data: _Data, predicted: Floats, best: Floats, seeds: Sequence[int] | None, resamples: int
 ) -> tuple[list[Floats], str]:
     """Refits, begun at the fit, and what was resampled."""
+    law, columns, observed, _ = data
     random = np.random.default_rng(0)
     groups = _seed_groups(columns, seeds)
     found = []
@@ -165,10 +177,10 @@ def _bootstrap(
         if groups is not None:
             rows = np.concatenate([groups[i] for i in random.integers(0, len(groups), len(groups))])
             part = {name: column[rows] for name, column in columns.items()}
-            found.append(_minimize(law, part, observed[rows], best)[0])
+            found.append(_minimize(data._replace(columns=part, observed=observed[rows]), best)[0])
             continue
         drawn = _with_residuals(law, observed, predicted, random)
-        found.append(_minimize(law, columns, drawn, best)[0])
+        found.append(_minimize(data._replace(observed=drawn), best)[0])
     how = "seeds resampled" if groups is not None else "residuals resampled"
     return found, f"{how}, {resamples} times"
 

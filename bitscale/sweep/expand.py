@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Cell:
     values: Mapping[str, Any]  # varied keys with their values
     keep: str  # checkpoints of the finished run: none or last
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Hash of everything that can change the numbers; names the run's directory."""
         return config_hash(self.cfg)

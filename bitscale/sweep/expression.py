@@ -94,7 +94,10 @@ def _value(node: ast.expr, look_up: Callable[[str], object]) -> Number:
 
 
 def _named(name: str, look_up: Callable[[str], object]) -> Number:
-    value = look_up(name)
+    try:
+        value = look_up(name)
+    except KeyError:
+        raise ConfigError(f"{name} is unknown") from None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name} is {value!r}, no number; set it in the sweep's base")
     return _checked(value)

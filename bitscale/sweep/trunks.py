@@ -5,7 +5,6 @@ decided by equal values share a trunk: a 16-bit run that saves at K. The cell th
 `--resume TRUNK/step-K`, which continues bit for bit.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -60,19 +59,22 @@ def plan_runs(cells: Sequence[Cell]) -> list[Run]:
     forks = _find_trunks(wanted)
     trunks = {key: trunk for key, trunk in forks.items() if trunk.forks}
     parent = {run: Fork(key, step) for key, t in trunks.items() for run, step in t.forks.items()}
+    by_key: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_key.setdefault(cell.key, []).append(cell)
     runs: dict[str, Run] = {}
     for key in [*wanted, *(key for key in trunks if key not in wanted)]:
         cfg = wanted[key] if key in wanted else trunks[key].cfg
         steps = tuple(sorted(set(trunks[key].forks.values()))) if key in trunks else ()
-        served = {key, *(trunks[key].forks if key in trunks else ())}
+        served = [key, *(trunks[key].forks if key in trunks else ())]
         runs[key] = Run(
             key=key,
             cfg=cfg,
             last_step=num_steps(cfg) if key in wanted else max(steps),
             fork=parent.get(key),
             save_at=steps,
-            seeds=tuple(sorted({cell.seed for cell in cells if cell.key in served})),
-            keep="last" if any(c.key == key and c.keep == "last" for c in cells) else "none",
+            seeds=tuple(sorted({cell.seed for k in served for cell in by_key.get(k, [])})),
+            keep="last" if any(c.keep == "last" for c in by_key.get(key, [])) else "none",
         )
     # A stable order: by the first seed served, trunks first, else as in the file.
     return sorted(runs.values(), key=lambda run: (run.seeds[0], not run.is_trunk))
@@ -85,49 +87,63 @@ def _find_trunks(wanted: dict[str, Config]) -> dict[str, _Trunk]:
         key: _Trunk(cfg, num_steps(cfg)) for key, cfg in wanted.items() if starts[key] is None
     }
     waiting = [(start, key) for key, start in starts.items() if start]
-    prefixes = _Prefixes()
+    beginnings = Beginnings()
     # The latest transition first: its 16-bit part can hold the others'.
     for step, key in sorted(waiting, key=lambda pair: -pair[0]):
         cfg = wanted[key]
         if step > num_steps(cfg):
             continue
-        mine = prefixes.of(cfg, step)
         twin = trunks.get(config_hash(sixteen_bit(cfg)))  # first: it goes on beside the fork
         for trunk in [twin, *trunks.values()] if twin else trunks.values():
-            if trunk.end >= step and prefixes.of(trunk.cfg, step) == mine:
+            if trunk.end >= step and beginnings.equal(trunk.cfg, cfg, step):
                 trunk.forks[key] = step
                 break
         else:
             shared = any(
-                other != key and other_step <= step
-                and prefixes.of(wanted[other], other_step) == prefixes.of(cfg, other_step)
-                for other_step, other in waiting
-            )  # fmt: skip
+                other != key and earlier <= step and beginnings.equal(wanted[other], cfg, earlier)
+                for earlier, other in waiting
+            )
             if shared:  # else nothing would be saved
                 alone = sixteen_bit(cfg)
                 trunks[config_hash(alone)] = _Trunk(alone, step, {key: step})
     return trunks
 
 
-class _Prefixes:
-    """Hashes of what decides the first steps of a run, computed once each."""
+class Beginnings:
+    """Compares the first steps of configurations, what is costly computed once for each."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[int, int], str] = {}
+        self._fixed: dict[int, str] = {}
+        self._rates: dict[int, list[tuple[float, float]]] = {}
+        self._kept: list[Config] = []  # alive, as they are known by their id
 
-    def of(self, cfg: Config, steps: int) -> str:
-        where = (id(cfg), steps)
-        if where not in self._found:
-            self._found[where] = prefix_hash(cfg, steps)
-        return self._found[where]
+    def equal(self, one: Config, other: Config, steps: int) -> bool:
+        """Whether the first `steps`, in 16 bit, of both are equal bit for bit.
+
+        Schedules count by their values, so that a longer run with the same first part is a trunk
+        too. Of the quantizer only what acts, or has parameters, at λ = 0 counts.
+        """
+        if self._fixed_of(one) != self._fixed_of(other):
+            return False
+        return self._rates_of(one, steps) == self._rates_of(other, steps)
+
+    def _fixed_of(self, cfg: Config) -> str:
+        if id(cfg) not in self._fixed:
+            self._kept.append(cfg)
+            self._fixed[id(cfg)] = _fixed(cfg)
+        return self._fixed[id(cfg)]
+
+    def _rates_of(self, cfg: Config, steps: int) -> list[tuple[float, float]]:
+        """Learning rate and weight decay of the first `steps`."""
+        known = self._rates.setdefault(id(cfg), [])
+        known += [
+            (learning_rate(step, cfg), weight_decay(step, cfg)) for step in range(len(known), steps)
+        ]
+        return known[:steps]
 
 
-def prefix_hash(cfg: Config, steps: int) -> str:
-    """Equal for two runs whose first `steps`, in 16 bit, are equal bit for bit.
-
-    Schedules count by their values, so that a longer run with the same first part is a trunk too.
-    Of the quantizer only what acts, or has parameters, at λ = 0 counts.
-    """
+def _fixed(cfg: Config) -> str:
+    """What decides the steps of a 16-bit run besides its schedules."""
     tree = to_tree(cfg)
     for section in ("run", "log", "checkpoint", "transition", "optim"):
         tree.pop(section, None)
@@ -143,9 +159,7 @@ def prefix_hash(cfg: Config, steps: int) -> str:
     o = cfg.optim
     tree["optim"] = [o.name, o.betas, o.eps, o.clip]
     tree["guard"] = cfg.transition.guard.model_dump()
-    tree["lr"] = [learning_rate(step, cfg) for step in range(steps)]
-    tree["weight_decay"] = [weight_decay(step, cfg) for step in range(steps)]
-    return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()
+    return json.dumps(tree, sort_keys=True)
 
 
 def run_config(run: Run, directory: str) -> Config:
