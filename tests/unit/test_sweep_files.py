@@ -35,7 +35,9 @@ def write(tmp_path: Path) -> Write:
 
     def make(**content: object) -> Path:
         path = tmp_path / "try.yaml"
-        path.write_text(yaml.safe_dump({"base": "base.yaml"} | content), encoding="utf-8")
+        path.write_text(
+            yaml.safe_dump({"base": "base.yaml"} | content, sort_keys=False), encoding="utf-8"
+        )
         return path
 
     return make
@@ -326,7 +328,6 @@ def test_all_committed_sweeps_expand(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert counts.matrices > 0.7 * counts.total, cell.label
     # Cells that several sweeps name are one run.
     assert len(campaign.runs) < 0.8 * len(campaign.cells)
-    scaled = plan(
-        [root / "configs" / "sweeps"], [], tmp_path, root / "configs/sweeps/shared/h200.yaml"
-    )
+    over = root / "configs/sweeps/shared/h200.yaml"
+    scaled = plan([root / "configs/sweeps/transition-point.yaml"], [], tmp_path, over)
     assert min(cost.parameters(cell.cfg.model).total for cell in scaled.cells) > 5e6
