@@ -82,6 +82,7 @@ def best_interval(
 ) -> Interval:
     """The position whose mean loss is lowest, with a percentile bootstrap interval over seeds.
 
+    The interval reaches half-way to the neighbouring positions, as nothing was run between.
     P positions, S seeds. The resampling is seeded: the same losses give the same interval.
     """
     count = losses_PS.shape[1]
@@ -90,4 +91,10 @@ def best_interval(
     draw = np.random.default_rng(0).integers(0, count, size=(resamples, count))
     found = where[losses_PS[:, draw].mean(axis=2).argmin(axis=0)]
     low, high = np.quantile(found, [0.025, 0.975], method="nearest")
-    return Interval(best, float(low), float(high), count)
+    below, above = where[where < low], where[where > high]
+    return Interval(
+        best,
+        float((low + below.max()) / 2) if len(below) else float(low),
+        float((high + above.min()) / 2) if len(above) else float(high),
+        count,
+    )

@@ -15,7 +15,8 @@ _RULES = """\
 Each sweep file states its claims, with the predicted direction and the margin that would matter,
 before its cells are trained. A figure is the mean over seeds of a paired difference, with
 Student's 95% interval (for a best point: the point of the lowest mean loss, and the range that it
-takes in 2,000 resamplings of the seeds). Nothing is corrected for the number of claims.
+takes in 2,000 resamplings of the seeds, half-way to the neighbouring points). Nothing is corrected
+for the number of claims.
 
 - **confirmed**: the interval lies on the predicted side of 0 (for *no difference*: within the
   margin; for a best point: within the predicted range).

@@ -231,7 +231,7 @@ def test_verdicts(low: float, high: float, predicted: str, verdict: str) -> None
 def test_the_best_point_and_its_range() -> None:
     positions = [0.1, 0.2, 0.4]
     sure = np.array([[3.0, 3.1, 3.2], [2.0, 2.1, 2.2], [3.0, 3.1, 3.2]])
-    assert best_interval(sure, positions) == (0.2, 0.2, 0.2, 3)
+    assert best_interval(sure, positions) == pytest.approx((0.2, 0.15, 0.3, 3))
     unsure = np.array([[2.0, 3.0, 2.4, 2.6], [2.5, 2.4, 2.6, 2.5], [3.0, 2.0, 2.6, 2.4]])
     found = best_interval(unsure, positions)
     assert (found.low, found.high) == (0.1, 0.4)

@@ -50,7 +50,7 @@ CLAIMS = [
     {"id": "spike", "text": "Early spikes", "source": "us", "measure": "peak_excess",
      "contrast": {"early": 1.0, "late": -1.0}, "predicted": "positive"},
     {"id": "when", "text": "Early is best", "source": "us", "best": ["scratch", "early", "late"],
-     "of": "transition_fraction", "predicted": [0.2, 0.3]},
+     "of": "transition_fraction", "predicted": [0.1, 0.4]},
 ]  # fmt: skip
 Make = Callable[..., Campaign]
 
@@ -342,7 +342,7 @@ def test_verdicts_and_the_page(
     better, same, _, when = (judgement.interval for judgement in judgements)
     assert better.value == pytest.approx(-0.2, abs=0.01)  # though seeds lie .5 apart
     assert better.high - better.low < 0.05 and same.num_seeds == 4
-    assert (when.value, when.low, when.high) == (0.25, 0.25, 0.25)
+    assert (when.value, when.low, when.high) == (0.25, 0.125, 0.375)
     assert any(line.startswith("  Early beats scratch: confirmed (-0.") for line in said)
     assert (figures / "try.svg").read_text().startswith("<?xml")
 
@@ -351,7 +351,7 @@ def test_verdicts_and_the_page(
     text = page.read_text()
     assert "| Early beats scratch | a paper | below 0 | valid_loss -0." in text
     assert "| Late is early | us | within ±0.05 |" in text
-    assert "| Early is best | us | 0.2 to 0.3 | transition_fraction +0.25" in text
+    assert "| Early is best | us | 0.1 to 0.4 | transition_fraction +0.25" in text
     assert "![try](../images/try.svg)" in text and "16 finished cells of 16" in text
     # The command does the same, and trains nothing.
     arguments = ["sweep", str(tmp_path / "try.yaml"), "--out", str(tmp_path / "out"), "--report"]
