@@ -68,8 +68,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     import shlex
 
+    from bitscale.errors import ConfigError
     from bitscale.sweep import campaign as campaigns
 
+    if args.workers is not None and args.workers < 1:
+        raise ConfigError(f"--workers {args.workers} trains nothing; give 1 or more")
     paths = [Path(item) for item in args.items if "=" not in item]
     overrides = [item for item in args.items if "=" in item] + args.overrides
     campaign = campaigns.plan(paths, overrides, args.out, args.over)

@@ -17,6 +17,7 @@ from bitscale.fit.paired import MIN_SEEDS, mean_interval
 from bitscale.fit.table import Row, columns_of, number, read_table
 
 ALL = (*LAWS, "qat-fraction", "capacity")
+MIN_RESAMPLES = 20
 _TERNARY_BITS = 2.0  # fewer bits than this count as ternary
 
 
@@ -44,6 +45,10 @@ def fit_table(
     """
     if law not in ALL:
         raise DataError(f"--law {law!r} is unknown; use one of {', '.join(ALL)}")
+    if resamples < MIN_RESAMPLES:
+        raise DataError(
+            f"--resamples {resamples} make no interval; give at least {MIN_RESAMPLES}, better 400"
+        )
     rows = [row for row in read_table(path) if not sweeps or row.get("sweep") in sweeps]
     for name, text in where:
         rows = [row for row in rows if str(row.get(name)) == text]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -152,3 +153,24 @@ def test_running_it_again_does_nothing(
     assert kept == ["step-00000020"] * 4
     stored = json.loads((folder / "out" / "sweeps" / "try.json").read_text())
     assert [row["label"] for row in stored] == ["sixteen", "early", "late", "median"]
+
+
+@pytest.mark.slow
+def test_jobs_of_submitit(python_corpus: Path, tmp_path: Path) -> None:
+    """Its local executor runs jobs as Slurm would, in processes that it starts."""
+    pytest.importorskip("submitit")
+    text = "\n".join(line for line in SWEEP.splitlines() if "broken" not in line)
+    (tmp_path / "try.yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "base.yaml").write_text(BASE.format(corpus=python_corpus), encoding="utf-8")
+    arguments = ["--backend", "slurm", "--cluster", "local", "--slurm", "timeout_min=10"]
+    done = subprocess.run(
+        [*_sweep_command(tmp_path), *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    arrays = [int(count) for count in re.findall(r"submitted (\d+) jobs", done.stdout)]
+    assert arrays[0] == 1 and sum(arrays) == 4  # the trunk, then its forks
+    assert {row["status"] for row in read_table(tmp_path / "out")} == {"finished"}

@@ -279,6 +279,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "the table has no column 'weight_bits'" in capsys.readouterr().err
     assert main(["fit", str(table), "--where", "seed"]) == 2
     assert "--where 'seed' is not of the form COLUMN=VALUE" in capsys.readouterr().err
+    assert main(["fit", str(table), "--law", "chinchilla", "--resamples", "0"]) == 2
+    assert "--resamples 0 make no interval; give at least 20" in capsys.readouterr().err
     assert main(["fit", str(table), "--law", "chinchilla", "--sweep", "a"]) == 2
     assert "no finished row that was asked for" in capsys.readouterr().err
     (tmp_path / "RESULTS.parquet").write_text("no parquet")

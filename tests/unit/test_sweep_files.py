@@ -1,5 +1,6 @@
 """Sweep files: arithmetic, cells, what they share, and what is said of a wrong one."""
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -331,3 +332,28 @@ def test_all_committed_sweeps_expand(tmp_path: Path, monkeypatch: pytest.MonkeyP
     over = root / "configs/sweeps/shared/h200.yaml"
     scaled = plan([root / "configs/sweeps/transition-point.yaml"], [], tmp_path, over)
     assert min(cost.parameters(cell.cfg.model).total for cell in scaled.cells) > 5e6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--scale",), "'--scale' needs a value"),
+        (("--seeds", "3"), "unknown argument '--seeds'"),
+        (("--scale", "h300"), "unknown scale 'h300'"),
+    ],
+)
+def test_reproduce_says_how_it_is_used(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "bitscale").write_text("#!/bin/sh\nexit 9\n")
+    (tmp_path / "bitscale").chmod(0o755)
+    script = Path(__file__).parents[2] / "launch" / "reproduce.sh"
+    done = subprocess.run(
+        ["/bin/bash", str(script), *arguments],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and message in done.stderr
+    assert "usage: launch/reproduce.sh [--scale small|h200]" in done.stderr

@@ -457,3 +457,5 @@ def test_wrong_slurm_parameter(
     arguments = ["sweep", str(tmp_path / "try.yaml"), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--backend", "slurm", "--slurm", "timeout"]) == 2
     assert "--slurm 'timeout' is not of the form NAME=VALUE" in capsys.readouterr().err
+    assert main([*arguments, "--workers", "0"]) == 2
+    assert "--workers 0 trains nothing; give 1 or more" in capsys.readouterr().err
