@@ -60,7 +60,7 @@ def folder(python_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     (folder / "try.yaml").write_text(SWEEP, encoding="utf-8")
     (folder / "base.yaml").write_text(BASE.format(corpus=python_corpus), encoding="utf-8")
     process = start(_sweep_command(folder), folder / "first.log")
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 400
     while not list((folder / "out").glob("runs/*/checkpoints/step-00000008")):
         assert process.poll() is None and time.monotonic() < deadline, _text(folder / "first.log")
         time.sleep(0.02)
