@@ -71,7 +71,13 @@ def expand(sweep: Sweep) -> list[Cell]:
 
 def _config(tree: Tree, where: str) -> Config:
     try:
-        return canonical(parse_config(tree, where=where))
+        cfg = canonical(parse_config(tree, where=where))
+        if cfg.train.stop_step is not None:
+            raise ConfigError(
+                f"train.stop_step={cfg.train.stop_step} would leave the cell unfinished; take it "
+                "out, or set train.steps"
+            )
+        return cfg
     except ConfigError as error:
         text = str(error)
         raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from None

@@ -34,7 +34,6 @@ class Schedule:
         self.failed: dict[str, list[str]] = {}  # run -> the last lines of its log
         self.running: set[str] = set()
         self.done = {run.key for run in runs if self._is_done(run)}
-        self.found_done = set(self.done)
         for run in runs:
             self._prune(run)
 
@@ -46,7 +45,7 @@ class Schedule:
         return not disk.missing_saves(self.store, run, self._needed(run))
 
     def _needed(self, run: Run) -> set[int]:
-        """Steps of `run` at which a run begins that is not done and has nothing of its own yet."""
+        """Steps of `run` at which others have yet to begin."""
         return {
             other.fork.step
             for other in self.runs.values()
@@ -54,7 +53,9 @@ class Schedule:
         }
 
     def _waits(self, run: Run) -> bool:
-        return not disk.adopt_finished(self.store, run, self._provenance)
+        """Whether it has neither finished nor saved anything of its own to go on from."""
+        done = disk.adopt_finished(self.store, run, self._provenance)
+        return not done and not self._has_own(run)
 
     def remaining(self) -> list[Run]:
         """Runs that are to be done and can be: without failed ones and what hangs on them."""

@@ -135,11 +135,11 @@ def prune(store: Store, run: Run, needed: Collection[int]) -> None:
 
 
 def adopt_finished(store: Store, run: Run, provenance: Mapping[str, Any]) -> bool:
-    """Whether the run is done; one that was trained by hand is marked so."""
+    """Whether the run is done; one that was trained by hand is marked so (of no known commit)."""
     if store.done(run.key) is not None:
         return True
     if run.last_step == num_steps(run.cfg) and _says_finished(store, run.key):
-        store.finish(run.key, {"status": FINISHED, **provenance})
+        store.finish(run.key, {"status": FINISHED, **provenance, "commit": None})
         return True
     return False
 

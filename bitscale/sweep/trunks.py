@@ -86,7 +86,12 @@ def _find_trunks(wanted: dict[str, Config]) -> dict[str, _Trunk]:
     trunks = {
         key: _Trunk(cfg, num_steps(cfg)) for key, cfg in wanted.items() if starts[key] is None
     }
-    waiting = [(start, key) for key, start in starts.items() if start]
+    # A guard remembers the losses before a fork, which the forked run has not seen.
+    waiting = [
+        (start, key)
+        for key, start in starts.items()
+        if start and wanted[key].transition.guard.spike is None
+    ]
     beginnings = Beginnings()
     # The latest transition first: its 16-bit part can hold the others'.
     for step, key in sorted(waiting, key=lambda pair: -pair[0]):

@@ -179,6 +179,7 @@ def test_settings_that_cannot_act_make_no_other_cell(write: Write) -> None:
         ({"arms": {"a": {"optim.lr": "= width"}}}, "'width' is no configuration key"),
         ({"arms": {"a": {"optim.lr": "= train.tokens"}}}, "train.tokens is None, no number"),
         ({"arms": {"a": {"engine.device": "tpu"}}}, "cell 'a', seed 0: engine.device"),
+        ({"set": {"train.stop_step": 9}}, "train.stop_step=9 would leave the cell unfinished"),
         ({"grid": {"optim.lr": [1e-3, 0.001]}}, "two cells are named 'lr=0.001'"),
         ({"random": {"count": 1, "keys": {"optim.lr": {}}}}, "exactly one of uniform"),
         ({"random": {"count": 1, "keys": {"optim.lr": {"log_uniform": [0, 1]}}}}, "above 0"),
@@ -255,6 +256,9 @@ def test_a_trunk_that_nobody_asked_for_ends_at_its_last_fork(write: Write) -> No
     assert trunk.key not in {cell.key for cell in found} and len(forks) == 2
     assert (trunk.last_step, trunk.save_at) == (60, (20, 60))
     assert transition_step(trunk.cfg) is None and num_steps(trunk.cfg) == 100
+    # What a guard remembers is not in a trunk's checkpoint.
+    guarded = cells(write(arms=SWITCHES, set={"transition.guard.spike": 0.5}))
+    assert [run.fork for run in plan_runs(list(guarded.values()))] == [None] * 3
     # One alone has nothing to share, nor has ternary from scratch.
     alone = cells(write(arms={"a": {"transition.at.step": 20}, "b": {"transition.at.step": 0}}))
     assert [run.fork for run in plan_runs(list(alone.values()))] == [None, None]

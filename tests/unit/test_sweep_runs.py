@@ -135,7 +135,7 @@ def test_every_run_once_and_nothing_kept(make: Make) -> None:
     assert run_all(schedule) == ["finished"] * 16
     assert list(campaign.store.root.rglob("step-*")) == []
     again = schedule_of(campaign)
-    assert again.remaining() == [] and len(again.found_done) == 16
+    assert again.remaining() == [] and len(again.done) == 16
 
 
 def test_the_last_checkpoint_stays_if_asked_for(make: Make) -> None:
