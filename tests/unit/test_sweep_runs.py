@@ -176,6 +176,21 @@ def test_what_was_stopped_goes_on(make: Make) -> None:
     assert not (campaign.store.run_dir(trunk.key) / "metrics.jsonl").exists()
 
 
+def test_a_stopped_fork_needs_its_trunk_no_more(make: Make) -> None:
+    campaign = make(seeds={"values": [0]}, arms={k: ARMS[k] for k in ("sixteen", "early")})
+    first = schedule_of(campaign)
+    for until in (None, 15):
+        run = first.next_run()
+        assert run is not None
+        first.end(run, pretend(first.begin(run), until=until))
+    left = [path.name for path in campaign.store.root.rglob("step-*")]
+    second = schedule_of(campaign)
+    assert sorted(left) == ["step-00000010", "step-00000015"]
+    assert [path.name for path in campaign.store.root.rglob("step-*")] == ["step-00000015"]
+    (run,) = second.remaining()
+    assert second.begin(run).resume == "auto"
+
+
 def test_a_failed_run_is_tried_twice_and_others_go_on(make: Make) -> None:
     campaign = make(seeds={"values": [0]})
     schedule = schedule_of(campaign)
