@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from bitscale.cli.main import main
 from bitscale.config import load_config, transition_step
 from bitscale.errors import DataError
 from bitscale.fit.estimate import fit_law
-from bitscale.fit.laws import LAWS, Floats, Law
+from bitscale.fit.laws import LAWS, Floats
 from bitscale.fit.paired import (
     Interval,
     best_interval,
@@ -26,67 +25,9 @@ from bitscale.fit.qat_fraction import PAPER_A, best_fraction, fit_fraction
 from bitscale.fit.recommend import recommend, shape_for
 from bitscale.fit.report import fit_table
 from bitscale.model import cost
+from fit_recovery import PLANTED, fraction_table, grid, noisy
 
 pytestmark = pytest.mark.unit
-
-SIZES, BUDGETS = (2e5, 5e5, 1e6, 2e6, 5e6), (2e6, 5e6, 1e7, 3e7, 1e8)
-PLANTED: dict[str, dict[str, float]] = {
-    "chinchilla": {"E": 1.7, "A": 400.0, "B": 410.0, "alpha": 0.42, "beta": 0.38},
-    "precision": {
-        "E": 1.7,
-        "A": 400.0,
-        "B": 410.0,
-        "alpha": 0.42,
-        "beta": 0.38,
-        "gamma": 1.5,
-    },
-    "floating-point": {
-        "E": 1.7,
-        "A": 400.0,
-        "B": 410.0,
-        "alpha": 0.42,
-        "beta": 0.38,
-        "k": 0.8,
-        "delta": 2.0,
-        "nu": 1.5,
-    },
-    "qid": {"k": 0.2, "alpha": 0.25, "beta": 0.5, "gamma": 3.0},
-    "qat-loss": {
-        "E": 2.0,
-        "B": 100.0,
-        "beta": 0.4,
-        "phi": 0.5,
-        "omega": 0.8,
-        "lambda": 0.9,
-        "xi": 0.5,
-        "rho": 0.4,
-    },
-}
-
-
-def grid(law: str) -> dict[str, Floats]:
-    """Regressors of a full factorial design."""
-    axes: dict[str, tuple[float, ...]] = {"parameters": SIZES, "tokens": BUDGETS}
-    if law in ("precision", "qid"):
-        axes["weight_bits"] = (math.log2(3), 4.0, 16.0) if law == "precision" else (2.0, 3.0, 4.0)
-    if law == "floating-point":
-        axes |= {"exponent_bits": (1.0, 4.0), "mantissa_bits": (1.0, 3.0), "block_size": (32, 128)}
-    if law == "qat-loss":
-        axes = {"tokens": BUDGETS, "share": (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)}
-    points = np.array(np.meshgrid(*axes.values(), indexing="ij")).reshape(len(axes), -1)
-    columns = dict(zip(axes, points, strict=True))
-    if "share" in columns:
-        share = columns.pop("share")
-        s = columns["tokens"] / (2e5 * 1.585 / 8)
-        columns |= {"s_qat": share * s, "s_fp": (1 - share) * s}
-    return columns
-
-
-def noisy(law: Law, columns: Mapping[str, Floats], noise: float, seed: int) -> Floats:
-    losses = law.predict(columns, PLANTED[law.name])
-    draws = noise * np.random.default_rng(seed).standard_normal(len(losses))
-    return losses * np.exp(draws) if law.logarithmic else losses + draws
-
 
 # Laws
 
@@ -157,17 +98,6 @@ def test_what_cannot_be_fitted(rows: int, columns: dict[str, Floats], message: s
 
 
 # The best QAT fraction
-
-
-def fraction_table(a: float, noise: float, seed: int, num_seeds: int = 6) -> dict[str, Floats]:
-    draw = np.random.default_rng(seed)
-    design = [(s, f, n) for s in (25.0, 100.0, 400.0) for f in (0.1, 0.2, 0.4, 0.6, 0.8)
-              for n in range(num_seeds)]  # fmt: skip
-    s, fraction, seeds = np.array(design).T
-    shift = 0.02 * draw.standard_normal(num_seeds)
-    loss = 3 - 0.1 * np.log(s) + 0.06 * (np.log(fraction) + a / np.log(s)) ** 2
-    loss = loss + noise * draw.standard_normal(len(s)) + shift[seeds.astype(int)]
-    return {"s": s, "fraction": fraction, "loss": loss, "seeds": seeds.astype(int)}
 
 
 def test_the_fraction_law_is_found_again() -> None:
