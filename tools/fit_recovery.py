@@ -141,9 +141,9 @@ Written by `python tools/fit_recovery.py --tables {tables} --resamples {resample
 
 {tables} tables of losses for each law, made from the values below with Gaussian noise of
 {NOISE:.1%} of the loss (qid, qat-fraction: {NOISE} nats), fitted as `bitscale fit` does. A 95%
-interval should hold the planted value in {0.95 * tables:.1f} of them; values of one law go together,
-as they are estimated from one table. Designs are full grids (the tool has them); a real table is
-rarely so well spread.
+interval should hold the planted value in {0.95 * tables:.1f} of them; values of one law go
+together, as they are estimated from one table. Designs are full grids (the tool has them); a real
+table is rarely so well spread.
 
 | law | rows | value | planted | median | middle 80% of the estimates | held by the interval |
 |---|---|---|---|---|---|---|
