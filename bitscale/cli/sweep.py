@@ -17,6 +17,8 @@ examples:
   bitscale sweep configs/sweeps/transition-point.yaml --dry-run
   bitscale sweep configs/sweeps/transition-point.yaml --out runs/sweeps --workers 2
   bitscale sweep configs/sweeps --out runs/sweeps --report --claims docs/results/seed-claims.md
+  bitscale sweep configs/sweeps --report --table docs/results/seed-claims.csv \\
+      --claims docs/results/seed-claims.md --figures docs/images/claims
   bitscale sweep mine.yaml train.dtype=bf16 --backend slurm --slurm slurm_partition=gpu \\
       --slurm gpus_per_node=1 --slurm timeout_min=240
   bitscale sweep mine.yaml --backend print > commands.sh
@@ -50,7 +52,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--report", action="store_true", help="train nothing: collect, draw and judge"
     )
-    parser.add_argument("--claims", type=Path, metavar="FILE.md", help="also write the verdicts")
+    parser.add_argument(
+        "--claims", type=Path, metavar="FILE.md", help="also write the verdicts, and FILE.csv"
+    )
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE.csv", help="with --report: judge it instead of the runs"
+    )
     parser.add_argument("--figures", type=Path, metavar="DIR", help="default: OUT/figures")
     parser.add_argument(
         "--launcher",
@@ -73,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.workers is not None and args.workers < 1:
         raise ConfigError(f"--workers {args.workers} trains nothing; give 1 or more")
+    if args.table is not None and not args.report:
+        raise ConfigError("--table is for --report; leave it out to train")
     paths = [Path(item) for item in args.items if "=" not in item]
     overrides = [item for item in args.items if "=" in item] + args.overrides
     campaign = campaigns.plan(paths, overrides, args.out, args.over)
@@ -107,12 +116,14 @@ def _train(args: argparse.Namespace, campaign: "Campaign", schedule: "Schedule")
 
 
 def _report(args: argparse.Namespace, campaign: "Campaign") -> None:
+    from bitscale.fit.table import read_table
     from bitscale.sweep import campaign as campaigns
 
-    rows = campaigns.collect(campaign)
+    rows = read_table(args.table) if args.table else campaigns.collect(campaign)
     figures = args.figures or args.out / "figures"
     judgements = campaigns.report(campaign, rows, figures, lambda text: print(text, flush=True))
-    print(f"wrote {args.out / 'RESULTS.parquet'} and .csv")
+    if not args.table:
+        print(f"wrote {args.out / 'RESULTS.parquet'} and .csv")
     if args.claims:
         from bitscale.sweep.claims import write_claims
 

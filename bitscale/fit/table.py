@@ -13,6 +13,7 @@ from bitscale.fit.laws import Floats
 
 Row = dict[str, Any]
 TABLE_NAME = "RESULTS"
+_TEXTS = {"sweep", "label", "hash", "status", "trunk", "commit"}  # 12e34 is a hash, no number
 
 
 def read_table(path: Path) -> list[Row]:
@@ -26,7 +27,7 @@ def read_table(path: Path) -> list[Row]:
         raise DataError(f"{path} does not exist; name a RESULTS.parquet or .csv, or its directory")
     if path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8") as file:
-            return [{k: _parsed(v) for k, v in row.items()} for row in csv.DictReader(file)]
+            return [{k: _parsed(k, v) for k, v in row.items()} for row in csv.DictReader(file)]
     import pyarrow
     from pyarrow import parquet
 
@@ -37,9 +38,11 @@ def read_table(path: Path) -> list[Row]:
         raise DataError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from None
 
 
-def _parsed(text: str | None) -> Any:
+def _parsed(name: str, text: str | None) -> Any:
     if text is None or text == "":
         return None
+    if name in _TEXTS:
+        return text
     for kind in (int, float):
         try:
             return kind(text)

@@ -7,6 +7,7 @@ from pathlib import Path
 from bitscale.fit.table import Row
 from bitscale.recorder import format_count, format_duration
 from bitscale.sweep.campaign import Campaign
+from bitscale.sweep.results import write_csv
 from bitscale.sweep.verdict import Judgement
 
 _RULES = """\
@@ -36,7 +37,7 @@ def write_claims(
     judgements: Sequence[Judgement],
     figures: Path,
 ) -> None:
-    """Write the page to `path`, with relative links to the figures."""
+    """Write the page to `path`, with relative links to the figures, and its table beside it."""
     lines = ["# The claims of the seeds, at small scale", "", *_head(campaign, rows), ""]
     lines += ["| claim | source | predicted | our figure | seeds | tokens | verdict |"]
     lines += ["|---|---|---|---|---|---|---|"]
@@ -52,6 +53,7 @@ def write_claims(
     staging = path.with_name(f".{path.name}.partial")
     staging.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     staging.replace(path)
+    write_csv(rows, path.with_suffix(".csv"))
 
 
 def _head(campaign: Campaign, rows: Sequence[Row]) -> list[str]:

@@ -159,24 +159,33 @@ def _plain(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, dict | list) else value
 
 
-def write_table(rows: Sequence[Row], directory: Path) -> list[Path]:
-    """RESULTS.parquet and RESULTS.csv, each whole or not at all. Returns their paths."""
+def write_table(rows: Sequence[Row], directory: Path) -> None:
+    """RESULTS.parquet and RESULTS.csv, each whole or not at all."""
     import pyarrow
     from pyarrow import parquet
 
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {name: _column([row.get(name) for row in rows]) for name in names}
-    paths = [directory / f"{TABLE_NAME}.parquet", directory / f"{TABLE_NAME}.csv"]
-    staging = [path.with_name(f".{path.name}.partial") for path in paths]
-    parquet.write_table(pyarrow.table(columns), staging[0])
-    with staging[1].open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
+    path = directory / f"{TABLE_NAME}.parquet"
+    staging = path.with_name(f".{path.name}.partial")
+    parquet.write_table(pyarrow.table(_columns(rows)), staging)
+    staging.replace(path)
+    write_csv(rows, path.with_suffix(".csv"))
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Numbers with all their digits; None is an empty field."""
+    columns = _columns(rows)
+    staging = path.with_name(f".{path.name}.partial")
+    with staging.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
         for values in zip(*columns.values(), strict=True):
             writer.writerow(["" if value is None else value for value in values])
-    for part, path in zip(staging, paths, strict=True):
-        part.replace(path)
-    return paths
+    staging.replace(path)
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return {name: _column([row.get(name) for row in rows]) for name in names}
 
 
 def _column(values: list[Any]) -> list[Any]:

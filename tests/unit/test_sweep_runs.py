@@ -372,6 +372,15 @@ def test_verdicts_and_the_page(
     arguments = ["sweep", str(tmp_path / "try.yaml"), "--out", str(tmp_path / "out"), "--report"]
     assert main([*arguments, "--claims", str(page)]) == 0
     assert "16 of 16 cells" in capsys.readouterr().out
+    # From the page's table alone, with all runs gone, the page and the figure come out the same.
+    shutil.rmtree(tmp_path / "out")
+    figure = (figures / "try.svg").read_bytes()
+    arguments += ["--figures", str(figures), "--claims", str(page)]
+    assert main([*arguments, "--table", str(page.with_suffix(".csv"))]) == 0
+    assert page.read_text() == text and (figures / "try.svg").read_bytes() == figure
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments[:-5], "--table", str(page.with_suffix(".csv"))]) == 2
+    assert "--table is for --report" in capsys.readouterr().err
 
 
 def test_claims_wait_for_their_cells(make: Make, tmp_path: Path) -> None:
