@@ -13,7 +13,7 @@ IS_SUPPORTED := import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not i
 IN_ENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-all quickstart lint format clean
+.PHONY: help env test test-all quickstart reproduce lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,11 @@ test-all: test ## The slow tests, too
 
 quickstart: env ## Prepare, train, switch, export, evaluate on this machine (CORPUS=path: your text)
 	$(IN_ENV) launch/quickstart.sh $(if $(CORPUS),--corpus '$(CORPUS)')
+
+# About three hours on two idle cores; SCALE=h200 a larger one on GPUs. Interrupt it, run it again.
+SCALE ?= small
+reproduce: env ## The claims of the papers, swept and judged (SCALE=small or h200, CORPUS=path)
+	$(IN_ENV) launch/reproduce.sh --scale $(SCALE) $(if $(CORPUS),--corpus '$(CORPUS)')
 
 lint: env ## Check style, types, import layers and the Dockerfile
 	$(IN_ENV) ruff check .

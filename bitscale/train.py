@@ -192,7 +192,8 @@ def _loop(session: _Session, start: int, stop_request: StopRequest) -> Outcome:
             _read_telemetry(session, done)
         if _due(done, cfg.train.eval_every) or done == last:
             valid = _evaluate(session, done)
-        if _due(done, cfg.checkpoint.every) or done == last or stopping:
+        due = _due(done, cfg.checkpoint.every) or done in cfg.checkpoint.at
+        if due or done == last or stopping:
             monitor.report()  # a checkpoint never outlives an unseen NaN
             _save(session, done, strength, wait=done == last or stopping)
         if stopping and done < last:
@@ -255,6 +256,7 @@ def _set_up(
         mesh,
         keep_last=cfg.checkpoint.keep_last,
         keep_every=cfg.checkpoint.keep_every,
+        keep_at=cfg.checkpoint.at,
     )
     if telemetry is not None and reader is not None:
         # Flips count from the checkpoint.
@@ -308,7 +310,8 @@ def _rewind(cfg: Config, reader: StateSource | None) -> None:
         for path in checkpoint.rewind(root, root / reader.path.name):
             print(f"kept aside, as this run continues from an earlier step: superseded-{path.name}")
         # What a session killed between a save and its pruning has left.
-        checkpoint.prune(root, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
+        kept = cfg.checkpoint
+        checkpoint.prune(root, kept.keep_last, kept.keep_every, kept.at)
     except OSError as error:
         raise CheckpointError(
             f"{root}: cannot be written ({error}); make it writable, then --resume auto"

@@ -294,6 +294,7 @@ class CheckpointConfig(Section):
     every: NonNegativeInt = 0  # steps; 0: only at the end and on SIGTERM
     keep_last: PositiveInt = 2  # checkpoints
     keep_every: NonNegativeInt = 0  # steps; 0: keep only the last ones
+    at: tuple[PositiveInt, ...] = ()  # further steps after which it is saved, and kept
     # train on while the files are written, at the price of a copy of the state in host memory
     asynchronous: bool = True
 
