@@ -48,7 +48,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     text.add_argument(
         "--text", action="append", type=Path, metavar="FILE", help="UTF-8 text instead of a corpus"
     )
-    text.add_argument("--seq-len", type=_positive, metavar="N", help="default: as in training")
     text.add_argument(
         "--stride",
         type=_positive,
@@ -62,6 +61,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument(
         "--limit", type=_positive, metavar="N", help="items a task, and windows a text, at most"
+    )
+    parser.add_argument(
+        "--seq-len", type=_positive, metavar="N", help="tokens a window (default: as in training)"
     )
     parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default 8")
     parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="if it has moved since")
@@ -84,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
     from bitscale.scoring.model import open_ranks
     from bitscale.scoring.tasks import load_tasks
 
+    if args.out:
+        results.refuse_unwritable(args.out)
     mesh = open_ranks(args.device, args.tp)
     names = args.tasks.split(",") if args.tasks else []
     tasks = load_tasks(names, args.data_dir) if names else {}
@@ -120,7 +124,7 @@ def _score(
     from bitscale.scoring.results import Scores
     from bitscale.scoring.tasks import score_tasks
 
-    scored = open_model(path, mesh, args.tp)
+    scored = open_model(path, mesh, args.tp, args.seq_len)
     held_out = None
     if args.text or args.corpus or not tasks:
         held_out = _score_held_out(args, scored)
@@ -156,7 +160,7 @@ def _score_held_out(args: argparse.Namespace, scored: "ScoredModel") -> "HeldOut
                 scored,
                 texts,
                 tokenizer_sha256=source.tokenizer_sha256,
-                seq_len=args.seq_len or scored.seq_len,
+                seq_len=scored.seq_len,
                 stride=args.stride,
                 batch_size=args.batch_size,
                 limit=args.limit,

@@ -48,6 +48,7 @@ class BitscaleLM(TemplateLM):  # type: ignore[misc]
         batch_size: int | str | None = None,
         device: str | None = None,
         tp: int = 1,
+        seq_len: int | None = None,
         max_batch_size: int | str | None = None,
     ) -> None:
         """`--model_args path=runs/a,tp=2`; `max_batch_size` is lm-eval's, for automatic sizes.
@@ -57,7 +58,7 @@ class BitscaleLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         if not isinstance(path, ScoredModel):
             mesh = open_ranks("auto" if device is None else device.split(":")[0], tp)
-            path = open_model(Path(path), mesh, tp)
+            path = open_model(Path(path), mesh, tp, seq_len)
         self.scored = path
         if tokenizer is None or isinstance(tokenizer, str | Path):
             given = None if tokenizer is None else Path(tokenizer)

@@ -47,10 +47,7 @@ class ScoredModel:
     model: Decoder
     source: ModelSource  # what is known of it
     mesh: Mesh
-
-    @property
-    def seq_len(self) -> int:
-        return self.source.seq_len
+    seq_len: int  # tokens that it reads at most
 
     @torch.no_grad()
     def token_losses(self, batch: EvaluationBatch) -> Tensor:
@@ -105,9 +102,9 @@ class ScoredModel:
         """Context and targets, of which the model reads all but the last token."""
         if len(wanted.target_ids) > self.seq_len:
             raise DataError(
-                f"a continuation of {len(wanted.target_ids)} tokens does not fit into the "
-                f"sequences of {self.seq_len} tokens that {self.path} was trained on; leave the "
-                "task out, or score the text by windows (--text)"
+                f"a continuation of {len(wanted.target_ids)} tokens does not fit into sequences of "
+                f"{self.seq_len} tokens; let {self.path} read longer ones (--seq-len; it was "
+                f"trained on {self.source.seq_len}), or leave the task out"
             )
         return (wanted.context_ids + wanted.target_ids)[-(self.seq_len + 1) :]
 
@@ -177,8 +174,10 @@ def open_ranks(device: str, tp: int) -> Mesh:
     return mesh
 
 
-def open_model(path: Path, mesh: Mesh, tp: int = 1) -> ScoredModel:
+def open_model(path: Path, mesh: Mesh, tp: int = 1, seq_len: int | None = None) -> ScoredModel:
     """The model of `path` as it computed in its last step, on this rank or shared by `tp` of them.
+
+    `seq_len`: tokens that it reads at most; None: as in training.
 
     Raises CheckpointError if there is none, or if it is packed and `tp` > 1; ConfigError if its
     shape does not divide.
@@ -190,7 +189,7 @@ def open_model(path: Path, mesh: Mesh, tp: int = 1) -> ScoredModel:
         model, mesh = _shared(path, loaded, source, mesh, tp)
     model = model.to(mesh.device).eval()
     prepare_weights(model)
-    return ScoredModel(path, model, source, mesh)
+    return ScoredModel(path, model, source, mesh, seq_len or source.seq_len)
 
 
 def _shared(

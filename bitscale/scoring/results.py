@@ -160,17 +160,28 @@ def _commit() -> str | None:
     return asked[0] + ("+" if asked[1] else "")
 
 
-def write(path: Path, content: Mapping[str, Any]) -> None:
-    """The whole file or none of it. DataError if it cannot be written."""
-    staging = path.with_name(f".{path.name}.partial")
+def refuse_unwritable(path: Path) -> None:
+    """DataError if nothing can be written at `path`: known before hours of work, not after."""
+    staging = _staging(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        staging.replace(path)
+        staging.touch()
+        staging.unlink()
     except OSError as error:
         raise DataError(
-            f"--out {path} cannot be written: {error.strerror}; name another"
+            f"--out {path} cannot be written: {error.strerror}; name another place"
         ) from error
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """The whole file or none of it."""
+    staging = _staging(path)
+    staging.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    staging.replace(path)
+
+
+def _staging(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def held_out_table(scores: Sequence[Scores]) -> str:

@@ -54,11 +54,12 @@ def load_tasks(names: Sequence[str], data_dir: Path | None) -> dict[str, Any]:
 
     Raises DataError for a name that lm-eval does not know, and for data that is not there.
     """
-    manager = _manager(names)
-    wanted = _leaves(names)
     if data_dir is None:
+        manager = _manager(names)
         return {name: task for each in names for name, task in _from_hub(manager, each).items()}
+    wanted = _leaves(names)
     files = find_files(data_dir, wanted)
+    manager = _manager(names)
     tasks: dict[str, Any] = {}
     for name in wanted:
         # A group is lm-eval's way to override keys of a task that it knows.
