@@ -40,7 +40,7 @@ from optimizer_state_report import (
 
 CONFIG = f"""\
 run: {{dir: unset}}
-model: {{num_layers: 4, d_model: 128, num_heads: 4, num_kv_heads: 2, d_ff: 384}}
+model: {{num_layers: 4, d_model: 128, num_heads: 4, num_kv_heads: 2, d_ff: 512}}
 data: {{corpora: [{{path: unset}}], seq_len: 128}}
 train:
   steps: {FORK_STEP + AFTER_STEPS}

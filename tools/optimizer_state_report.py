@@ -346,7 +346,7 @@ Written by `python tools/optimizer_state.py --text TEXTS`: {provenance}.
 
 arXiv:2502.11895 reports for 1B parameters that keeping the optimizer's state, and a ramp of λ,
 soften the loss spike of the switch from 16 to 1.58 bit, and that further training makes up for
-the difference. Here: a 0.85M-parameter decoder (4 layers, width 128, 92% of its parameters in
+the difference. Here: a 1.05M-parameter decoder (4 layers, width 128, 94% of its parameters in
 ternary layers, vocabulary 512), fp32, on eight English novels. For each seed (weights and order
 of the text) one 16-bit trunk of {fork} steps of {batch:,} tokens ({trunk_tokens}), AdamW at a
 constant 2e-3 after {rewarm} steps of warm-up. From its checkpoint there, four ternary forks of

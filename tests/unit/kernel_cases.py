@@ -6,6 +6,7 @@ Shapes: T tokens, D inputs, F outputs.
 import shutil
 
 import torch
+from gaussian import gaussian
 from torch import Tensor
 
 from bitscale.errors import KernelUnavailable
@@ -29,10 +30,6 @@ def why_no_cpu_kernels() -> str | None:
     except KernelUnavailable as error:
         return str(error)
     return None
-
-
-def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def among_nans(x: Tensor) -> Tensor:

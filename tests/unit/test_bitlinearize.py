@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gaussian import gaussian
 from torch import Tensor, nn
 
 import bitscale
@@ -26,10 +27,6 @@ from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
 from bitscale.telemetry import TernaryTelemetry
 
 pytestmark = pytest.mark.unit
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Tiny(nn.Module):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from gaussian import gaussian
 from kernel_cases import (
     DTYPES,
     EPS,
@@ -19,7 +20,6 @@ from kernel_cases import (
     among_nans,
     assert_same,
     error,
-    gaussian,
     why_no_cpu_kernels,
 )
 from torch import Tensor

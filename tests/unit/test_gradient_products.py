@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gaussian import gaussian
 from torch import Tensor
 
 from bitscale.config.presets import preset
@@ -24,10 +25,6 @@ BITS: list[GradientBits] = [8, 16, 24]
 # Relative to float64, in norm: half a step of 1/127 and so on, over the ratio of norm to peak.
 BOUNDS = {None: 1e-6, 8: 5e-2, 16: 2e-4, 24: 1e-6}
 INF, NAN = float("inf"), float("nan")
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def operands(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Int8Rows, Ternary]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from gaussian import gaussian
 from torch import Tensor, nn
 
 from bitscale.config import Config, QuantConfig
@@ -31,10 +32,6 @@ from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
 from bitscale.telemetry import TernaryTelemetry
 
 pytestmark = pytest.mark.unit
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def make_layer(d_in: int = 64, d_out: int = 12) -> BitLinear:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from gaussian import gaussian
 from torch import Tensor
 
 from bitscale.config import Config, QuantConfig, quant_spec
@@ -34,10 +35,6 @@ pytestmark = pytest.mark.unit
 NAMES = ("paretoq", "tequila", "sherry")
 STRENGTHS = [TERNARY, Strength(0.4, 0.4), Strength(1.0, 1.0, 0.3), Strength(0.4, 0.0, 0.7)]
 MakeConfig = Callable[..., Config]
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def learned_scale(name: str, w: Tensor) -> Tensor | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from gaussian import gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -33,10 +34,6 @@ ABSMEAN = QuantConfig()
 ABSMEDIAN = QuantConfig(weight_scale="absmedian")
 WEIGHT_ONLY = QuantConfig(activation_bits=16)
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def integer_sums(x_TD: Tensor, w_FD: Tensor) -> Tensor:

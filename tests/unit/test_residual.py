@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from gaussian import gaussian
 from torch import Tensor
 
 from bitscale.config import Config
@@ -26,10 +27,6 @@ from bitscale.quant.schedule import (
 pytestmark = pytest.mark.unit
 
 MakeConfig = Callable[..., Config]
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_residual_warms_up_and_anneals_to_zero() -> None:
