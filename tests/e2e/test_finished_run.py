@@ -88,9 +88,7 @@ def test_fork_with_sub_norm_from_the_transition_on(
     assert len(norms) == 4 and not any(weight.eq(1).any() for weight in norms.values())
     # The packed model has them, and its head of 8 bits, at λ = 1.
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "packed")]) == 0
-    mine, its = (
-        evaluate(tmp_path / name, tmp_path / "eval.json") for name in ("packed", "run")
-    )
+    mine, its = (evaluate(tmp_path / name, tmp_path / "eval.json") for name in ("packed", "run"))
     assert mine["loss"] == its["loss"]
 
 
@@ -201,4 +199,3 @@ def test_packed_export_is_the_checkpoint(
         assert torch.equal(tensors[f"{parameter}_scale"], scale), parameter
         assert torch.equal(unpack_2bit(tensors[parameter]).float(), codes_FD), parameter
     assert num_ternary == 2 * 7  # q, k, v, output, gate, up, down
-

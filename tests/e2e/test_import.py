@@ -1,6 +1,5 @@
 """A published model as the trunk of a run: Hugging Face directory -> checkpoint -> training."""
 
-import json
 from pathlib import Path
 
 import pytest

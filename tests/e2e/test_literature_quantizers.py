@@ -1,6 +1,5 @@
 """paretoq and sherry as whole runs, forked from the 16-bit trunk of another quantizer."""
 
-import json
 from pathlib import Path
 
 import pytest

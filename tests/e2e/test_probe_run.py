@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from bitscale.cli.main import main
+from runs import evaluate
 
 pytestmark = pytest.mark.e2e
 
