@@ -1,4 +1,4 @@
-"""lm-eval's own command line on a finished run, and what it says of tasks that do not exist."""
+"""lm-eval on a finished run: its own command line, two ranks, and tasks that do not exist."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ import pytest
 
 from bitscale.cli.main import main
 from runs import execute
+from scored_models import write_task_files
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]  # lm-eval reads its index of 14,000 tasks
 
@@ -40,6 +41,24 @@ def test_lm_evals_own_command_knows_the_class(
     found = json.loads(file.read_text())
     assert found["n-samples"]["tiny"]["effective"] == 3
     assert found["config"]["model_lambda"] == 1.0
+
+
+def test_two_ranks_print_and_write_what_one_does(finished_run: Path, tmp_path: Path) -> None:
+    data = write_task_files(tmp_path / "data")
+    options = ["--tasks", "piqa,winogrande", "--data-dir", str(data), "--device", "cpu"]
+    found = []
+    for tp in (1, 2):
+        out = tmp_path / f"tp{tp}.json"
+        ranks = (
+            ["torchrun", "--standalone", "--nproc-per-node", "2"] if tp == 2 else [sys.executable]
+        )
+        command = ["eval", str(finished_run), *options, "--tp", str(tp), "--out", str(out)]
+        done = execute([*start, "-m", "bitscale.cli.main", *command])
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("| piqa") == 2  # acc and acc_norm, by rank 0 only
+        (model,) = json.loads(out.read_text())["models"]
+        found.append(model["tasks"])
+    assert found[0] == found[1]
 
 
 def test_an_unknown_task_is_named(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
