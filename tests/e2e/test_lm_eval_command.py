@@ -49,9 +49,8 @@ def test_two_ranks_print_and_write_what_one_does(finished_run: Path, tmp_path: P
     found = []
     for tp in (1, 2):
         out = tmp_path / f"tp{tp}.json"
-        ranks = (
-            ["torchrun", "--standalone", "--nproc-per-node", "2"] if tp == 2 else [sys.executable]
-        )
+        launcher = ["torchrun", "--standalone", "--nproc-per-node", "2"]
+        start = launcher if tp == 2 else [sys.executable]
         command = ["eval", str(finished_run), *options, "--tp", str(tp), "--out", str(out)]
         done = execute([*start, "-m", "bitscale.cli.main", *command])
         assert done.returncode == 0, done.stderr
