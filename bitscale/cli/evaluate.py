@@ -1,6 +1,7 @@
 """`bitscale eval`."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,7 +156,8 @@ def _score_held_out(args: argparse.Namespace, scored: "ScoredModel") -> "HeldOut
     with opened as texts:
         total = sum(text.shard.num_tokens for text in texts)
         quiet = not scored.mesh.is_main
-        with tqdm(total=total, unit="token", disable=quiet, mininterval=2.0, leave=False) as bar:
+        seconds = 0.2 if sys.stderr.isatty() else 10.0
+        with tqdm(total=total, unit="token", disable=quiet, mininterval=seconds) as bar:
             return score_held_out(
                 scored,
                 texts,

@@ -8,12 +8,14 @@ lm-eval 0.4.13 finds model classes of other packages only if they are imported b
 import sys
 from pathlib import Path
 
-from lm_eval.__main__ import cli_evaluate
-
-import bitscale.scoring.lm_eval_model  # noqa: F401  (registers the model class)
-
 
 def main() -> None:
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import bitscale.scoring.lm_eval_model  # noqa: F401  (registers the model class)
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error.name} is not installed; pip install 'bitscale[eval]'")
     if "--include_path" not in sys.argv:
         sys.argv += ["--include_path", str(Path(__file__).parent)]
     cli_evaluate()

@@ -162,7 +162,7 @@ def text_files(paths: Sequence[Path], tokenizer: Tokenizer) -> Iterator[list[Tex
             ids = tokenizer.encode(content)
             with ShardWriter(prefix, tokenizer.vocab_size) as writer:
                 writer.add_document([tokenizer.eos_id, *ids])
-            texts.append(Text(TokenShard(prefix), len(content.encode()) / len(ids)))
+            texts.append(Text(TokenShard(prefix), len(content.encode()) / max(len(ids), 1)))
         yield texts
 
 

@@ -5,6 +5,7 @@ own class for transformers makes them, so that both give the same numbers.
 """
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -195,5 +196,5 @@ class BitscaleLM(TemplateLM):  # type: ignore[misc]
 
     def _progress(self, total: int, unit: str, disabled: bool) -> Any:
         quiet = disabled or not self.scored.mesh.is_main
-        # A bar on a terminal; in a log a line every ten seconds.
-        return tqdm(total=total, unit=unit, disable=quiet, mininterval=2.0, maxinterval=10.0)
+        seconds = 0.2 if sys.stderr.isatty() else 10.0
+        return tqdm(total=total, unit=unit, disable=quiet, mininterval=seconds)

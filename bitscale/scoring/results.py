@@ -166,7 +166,7 @@ def refuse_unwritable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staging.touch()
-        staging.unlink()
+        staging.unlink(missing_ok=True)  # every rank tries
     except OSError as error:
         raise DataError(
             f"--out {path} cannot be written: {error.strerror}; name another place"
