@@ -186,7 +186,8 @@ def _staging(path: Path) -> Path:
 
 def held_out_table(scores: Sequence[Scores]) -> str:
     """A line a model; ± are standard errors over windows, Δ paired differences from the first."""
-    rows = [["model", "λ", "nats/token", "perplexity", "bits/byte", "Δ nats/token"]]
+    figures = ["nats/token", "perplexity", "bits/byte", "Δ nats/token"]
+    rows = [["model", "step", "λ", "tokens", *figures]]
     first = scores[0].held_out
     for each in scores:
         found = each.held_out
@@ -195,7 +196,9 @@ def held_out_table(scores: Sequence[Scores]) -> str:
         rows.append(
             [
                 each.name,
+                f"{each.source.step:,}",
                 f"{each.source.strength.weight:g}/{each.source.strength.activation:g}",
+                f"{found.num_tokens:,}",
                 _shown(found.nats_per_token, found.stderr),
                 f"{found.perplexity:.2f}",
                 _shown(found.bits_per_byte, found.stderr * scale),
