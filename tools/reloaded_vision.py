@@ -16,7 +16,6 @@ Needs scikit-learn (pip install 'bitscale[eval]').
 import argparse
 import itertools
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from tqdm import tqdm
 from bitscale.model.bitlinear import set_strength
 from bitscale.model.bitlinearize import bitlinearize
 from bitscale.quant.schedule import TERNARY
+from bitscale.scoring.tasks import mean_stderr
 from provenance import provenance
 
 QUANTIZERS = ("fp32", "b158", "absmedian")
@@ -112,11 +112,6 @@ def train(setting: Setting, quantizer: str, seed: int, num_epochs: int, batch_si
     with torch.no_grad():
         right_N = model(images.test_N1HW).argmax(dim=1) == images.test_classes_N
     return float(right_N.float().mean())
-
-
-def mean_stderr(values: Sequence[float]) -> tuple[float, float]:
-    tensor = torch.tensor(values, dtype=torch.float64)
-    return float(tensor.mean()), float(tensor.std()) / math.sqrt(len(values))
 
 
 def table(accuracies: dict[Setting, dict[str, list[float]]]) -> str:
