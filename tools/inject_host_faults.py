@@ -52,6 +52,9 @@ launch/torchrun.sh, `pdsh` and `openmpi` launch/multinode.sh, `mpirun` launch/mp
 - **in the end**: the finished run against one that was never interrupted: every metric, checkpoint
   and telemetry line, bit for bit.
 
+The hosts share this machine's disk, which a cable that is out does not cut off: unlike on a network
+file system, heartbeats of the cut host go on.
+
 Bounds are short, so that faults show: {watch};
 `bitscale supervise {supervise}`.
 With the defaults the same happens after 30 s (a silent host), 60 s (a rank without heartbeats) and
