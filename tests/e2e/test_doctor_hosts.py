@@ -12,7 +12,7 @@ import pytest
 
 import netns_hosts
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 PORT = 29517
