@@ -14,6 +14,7 @@ from pathlib import Path
 
 import bitscale
 from bitscale.doctor.check import Check
+from bitscale.source_commit import source_commit
 
 _PYTHON = ((3, 11), (3, 12))
 _COMPARED = ("torch", "deepspeed", "megatron-core", "numpy", "triton")
@@ -33,7 +34,7 @@ def python() -> tuple[list[Check], dict[str, str]]:
 def source() -> tuple[list[Check], dict[str, str]]:
     """The version, commit and content of the bitscale that runs here."""
     content = fingerprint(Path(bitscale.__file__).parent)
-    commit = _commit(Path(bitscale.__file__).parents[1])
+    commit = source_commit()
     value = f"{bitscale.__version__}, source {content}{f', commit {commit}' if commit else ''}"
     return [Check("bitscale", "ok", value)], {"bitscale": f"{bitscale.__version__} {content}"}
 
@@ -45,20 +46,6 @@ def fingerprint(package: Path) -> str:
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         digest.update(f"{path.relative_to(package)} {content}\n".encode())
     return digest.hexdigest()[:12]
-
-
-def _commit(folder: Path) -> str:
-    """Of a checkout, "+" if it was changed since; empty for an installed package."""
-    if not (folder / ".git").exists() or shutil.which("git") is None:
-        return ""
-    git = ["git", "-C", str(folder)]
-    head = _output([*git, "rev-parse", "--short=12", "HEAD"])
-    return f"{head}+" if head and _output([*git, "status", "--porcelain", "bitscale"]) else head
-
-
-def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def packages() -> tuple[list[Check], dict[str, str]]:

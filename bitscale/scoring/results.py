@@ -5,7 +5,6 @@ import importlib.metadata
 import json
 import math
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from bitscale.errors import DataError
 from bitscale.run import versions
 from bitscale.scoring.held_out import HeldOut
 from bitscale.scoring.tasks import TaskScore, mean_stderr
+from bitscale.source_commit import source_commit
 
 FORMAT = "bitscale-eval-1"
 
@@ -41,7 +41,7 @@ def document(scores: Sequence[Scores], settings: Mapping[str, Any]) -> dict[str,
         "format": FORMAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["bitscale", *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": source_commit() or None,
         "versions": packages,
         "settings": dict(settings),
         "models": [_model(first, None), *(_model(each, first) for each in others)],
@@ -140,24 +140,6 @@ def _version_of(package: str) -> dict[str, str]:
         return {package: importlib.metadata.version(package)}
     except importlib.metadata.PackageNotFoundError:
         return {}
-
-
-def _commit() -> str | None:
-    """Of the source that runs, + if tracked files differ from it; None if it is no git tree."""
-    where = Path(__file__).parent
-    try:
-        asked = [
-            subprocess.run(
-                ["git", *arguments], cwd=where, capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for arguments in (
-                ("rev-parse", "HEAD"),
-                ("status", "--porcelain", "--untracked-files=no"),
-            )
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return asked[0] + ("+" if asked[1] else "")
 
 
 def refuse_unwritable(path: Path) -> None:

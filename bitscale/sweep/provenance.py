@@ -3,11 +3,10 @@
 import datetime
 import os
 import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import bitscale
+from bitscale.source_commit import source_commit
 
 
 def provenance() -> dict[str, Any]:
@@ -17,19 +16,8 @@ def provenance() -> dict[str, Any]:
     names = ("torch", "deepspeed", "numpy")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     return {
-        "commit": commit(),
+        "commit": source_commit() or f"v{bitscale.__version__}",
         "versions": f"bitscale {bitscale.__version__}, python {platform.python_version()}, "
         f"{versions}; {platform.machine()}, {os.cpu_count()} cores",
         "sweep_started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def commit() -> str:
-    """Of the source tree that is imported ("-dirty" if changed), or the version of a wheel."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    folder = Path(bitscale.__file__).parent
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-    except OSError:
-        return f"v{bitscale.__version__}"
-    return done.stdout.strip() or f"v{bitscale.__version__}"
