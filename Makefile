@@ -36,13 +36,15 @@ $(STAMP):
 	.venv/bin/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Unit tests run side by side; the others start ranks of their own and want the machine.
+# Unit tests run side by side; the others start ranks of their own and want the machine: those of
+# tests/dist live to the end of their pytest, and would take time from tests/e2e.
 test: env ## Run the tests (all groups but slow ones, or TESTS=tests/unit)
 ifdef TESTS
 	$(IN_ENV) python -m pytest $(TESTS) --durations=10
 else
 	$(IN_ENV) python -m pytest tests/unit -n auto --maxprocesses 8 --dist loadfile --durations=10
-	$(IN_ENV) python -m pytest tests/dist tests/e2e -m 'not slow' --durations=10
+	$(IN_ENV) python -m pytest tests/dist -m 'not slow' --durations=10
+	$(IN_ENV) python -m pytest tests/e2e -m 'not slow' --durations=10
 endif
 
 test-all: test ## The slow tests, too
