@@ -85,7 +85,12 @@ def _with_vocabulary(cfg: Config, tensors: Tensors) -> Config:
     if cfg.model.vocab_size is not None:
         return cfg
     rows = [s[0] for name, s in tensors.shapes.items() if name.endswith(_EMBEDDINGS)]
-    model = cfg.model.model_copy(update={"vocab_size": rows[0] if rows else 1})
+    if not rows:
+        raise CheckpointError(
+            f"{tensors.path} ({tensors.format}) has no embedding by any known name "
+            f"({', '.join(_EMBEDDINGS)}), which would tell the vocabulary; set model.vocab_size"
+        )
+    model = cfg.model.model_copy(update={"vocab_size": rows[0]})
     return cfg.model_copy(update={"model": model})
 
 

@@ -7,7 +7,8 @@ somebody asks. It answers without a password, hence the loopback address by defa
 import statistics
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,9 +60,8 @@ class MetricsEndpoint:
         self._run_dir = run_dir
         self._lines: dict[str, Mapping[str, Any]] = {}  # the last of each kind, or event
         self._rollbacks = self._skipped_batches = 0
-        handler = type("Handler", (_Handler,), {"render": lambda _: self.render()})
         try:
-            self._server = ThreadingHTTPServer((host, port), handler)
+            self._server = ThreadingHTTPServer((host, port), partial(_Handler, self.render))
         except OSError as error:
             raise ConfigError(
                 f"watch.metrics_port={port}: cannot listen on {host} ({error.strerror or error}); "
@@ -126,14 +126,15 @@ class MetricsEndpoint:
 class _Handler(BaseHTTPRequestHandler):
     timeout = _REQUEST_SECONDS
 
-    def render(self) -> str:
-        raise NotImplementedError
+    def __init__(self, render: Callable[[], str], *request: Any) -> None:
+        self._render = render  # before the base class, which answers in its __init__
+        super().__init__(*request)
 
     def do_GET(self) -> None:
         if self.path.split("?")[0] != "/metrics":
             self.send_error(404, "only /metrics is here")
             return
-        body = self.render().encode()
+        body = self._render().encode()
         self.send_response(200)
         self.send_header("Content-Type", _CONTENT_TYPE)
         self.send_header("Content-Length", str(len(body)))

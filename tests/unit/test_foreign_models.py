@@ -8,6 +8,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,13 @@ def test_universal(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
     stored = {tensor.name: tensor.stored for tensor in description.tensors}
     assert stored == dict.fromkeys(source.shapes, "F32 master")
     assert source.model.vocab_size == VOCAB_SIZE
+
+
+def test_a_vocabulary_that_nothing_tells(
+    checkpoint: Path, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    source = open_source(checkpoint)
+    others = {name: shape for name, shape in source.shapes.items() if name != "embed.weight"}
+    path = write_universal(tmp_path / "u", replace(source, shapes=others), {})
+    with pytest.raises(CheckpointError, match=r"has no embedding by any known name \(embed"):
+        open_model(path, make_config())
