@@ -71,10 +71,19 @@ def _all_wait(heartbeats: Sequence[Heartbeat]) -> Suspect:
     for beat in heartbeats:
         places.setdefault(f"{beat.waiting_for} at {beat.place}", []).append(beat.rank)
     if len(places) == 1:
-        only = next(iter(places))
-        return Suspect(None, f"every rank waits in {only}: look at the network between them", False)
+        text = f"every rank waits in {next(iter(places))}: look at the network"
+        if len(hosts := _by_host(heartbeats)) > 1:
+            text += f" between {' and '.join(hosts[:4])}{' and others' if len(hosts) > 4 else ''}"
+        return Suspect(None, text, False)
     parts = [f"{_ranks(ranks)} in {place}" for place, ranks in places.items()]
     return Suspect(None, f"ranks wait in different places: {'; '.join(parts[:4])}", False)
+
+
+def _by_host(heartbeats: Sequence[Heartbeat]) -> list[str]:
+    ranks: dict[str, list[int]] = {}
+    for beat in heartbeats:
+        ranks.setdefault(beat.host, []).append(beat.rank)
+    return [f"{_ranks(those)} on {host}" for host, those in ranks.items()]
 
 
 def describe_progress(beat: Heartbeat) -> str:

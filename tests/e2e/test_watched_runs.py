@@ -71,7 +71,9 @@ def test_a_peer_that_dies_is_named_at_once(codes: dict[str, int], folder: Path) 
     assert codes["die"] == 9  # the launcher's, of the rank that died
     (error,) = log_lines(folder, "die", "error")
     dead = read_heartbeats(folder / "die")[1]
-    assert error.startswith(f"error: all_reduce failed in phase step, step {AT}, ")
+    assert error.startswith(
+        f"error on rank 0 ({HOST}): all_reduce failed in phase step, step {AT}, "
+    )
     assert f": rank 1 on {HOST} is gone: there is no process {dead.pid} any more" in error
     assert "continue with --resume auto [" in error
     assert "Traceback" not in (folder / "die.log").read_text()
@@ -115,7 +117,7 @@ def test_a_collective_that_times_out_and_an_error_of_one_rank(
     assert run_cases(config_file, tmp_path, "timeout", "fail") == {"timeout": 4, "fail": 1}
     (error,) = log_lines(tmp_path, "timeout", "error")
     timed_out = f"all_reduce timed out (watch.collective_timeout_seconds={HANG_SECONDS}) in phase"
-    assert error.startswith(f"error: {timed_out} step, step {AT}, ")
+    assert error.startswith(f"error on rank 0 ({HOST}): {timed_out} step, step {AT}, ")
     assert f"furthest behind is rank 1 on {HOST}: phase step, step {AT} for " in error
     status = read_status(tmp_path / "fail")
     assert (status.state, status.ranks[1].failure) == ("failed", "error")
