@@ -192,7 +192,7 @@ def _provenance() -> str:
 ## Provenance
 
 {today}, commit {commit}, {os.cpu_count()} CPU cores ({platform.machine()}), gloo, one thread a
-rank, beside work of the lowest priority: times are upper bounds, and starting Python is most of
+rank, beside other work: times are upper bounds, and starting Python is most of
 them; {found}. By `python tools/inject_host_faults.py`.
 """
 
