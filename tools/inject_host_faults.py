@@ -44,8 +44,7 @@ Two hosts (or as many as the row says) with a rank each, which are network names
 with an sshd in each, train a tiny model (35,000 parameters, 40 steps, ternary from step 16) on
 {text}. At step 18 (a slowed rank: 3) something happens to the last host or its rank. `supervise`
 is `bitscale supervise`, `torchrun` launch/torchrun.sh, `pdsh` and `openmpi` launch/multinode.sh,
-`mpirun` launch/mpi.sh. ZeRO-3, but ZeRO-1 for the slowed rank: within ZeRO-3's forward pass no rank
-can be told from the others that wait for it ([watching](../watching.md)).
+`mpirun` launch/mpi.sh. All with ZeRO-3.
 
 - **ends after**: from the fault until the launcher has ended on every host, or the supervisor has
   stopped all ranks. "runs on": not within {bound:.0f} s; everything was then killed.

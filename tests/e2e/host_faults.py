@@ -232,9 +232,7 @@ def inject(
     """
     seen = Seen(fault, launcher, len(hosts.nodes))
     run_dir, log = folder / "run", folder.parent / f"{folder.name}.log"
-    # ZeRO-3 gathers within the forward pass, where all ranks take the same time (own_time.py).
-    stage = 1 if fault == "rank slowed" else 3
-    arguments = [config, f"run.dir={run_dir}", KEEP_ALL, f"engine.zero_stage={stage}", *WATCH]
+    arguments = [config, f"run.dir={run_dir}", KEEP_ALL, "engine.zero_stage=3", *WATCH]
     nodes = hosts.nodes
     if len(nodes) > 2:
         arguments.append("train.micro_batch_size=1")
