@@ -14,7 +14,8 @@ from bitscale.errors import ConfigError
 from bitscale.mesh import Mesh, share_model
 from bitscale.model.bitlinear import prepare_weights, set_strength
 from bitscale.model.collectives import TensorGroup, shard_of
-from bitscale.model.decoder import IGNORED_TARGET, Decoder
+from bitscale.model.decoder import Decoder
+from bitscale.model.head import IGNORED_TARGET
 from bitscale.model.layers import ranks_of
 from bitscale.model.vocabulary import vocabulary_range
 from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
