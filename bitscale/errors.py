@@ -35,3 +35,7 @@ class NonFiniteLoss(TrainingFault):
 
 class LossSpike(TrainingFault):
     """The loss rose further above its running level than `transition.guard.spike` allows."""
+
+
+class PeerLost(BitscaleError):
+    """Another rank died, or did not come to a collective in time."""

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitscale.data.batches import EvaluationBatch, evaluation_batches
 from bitscale.data.corpus import PreparedCorpus, load_corpus
 from bitscale.errors import DataError
-from bitscale.mesh import Mesh, single_process_mesh
+from bitscale.mesh import Mesh
 
 
 class EvalResult(NamedTuple):
@@ -67,15 +67,19 @@ def evaluate(
         num_tokens += int(corpus_tokens)
         num_bytes += corpus.splits[split].num_bytes * corpus_tokens / shard.num_tokens
     if not num_tokens:
-        raise DataError(
-            f"no corpus has a {split!r} split; prepare with a share for it (--split 0.98,0.01,0.01)"
-        )
+        raise no_split(split)
     loss = nats / num_tokens
     return EvalResult(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
         bits_per_byte=nats / math.log(2) / num_bytes,
         num_tokens=num_tokens,
+    )
+
+
+def no_split(split: str) -> DataError:
+    return DataError(
+        f"no corpus has a {split!r} split; prepare with a share for it (--split 0.98,0.01,0.01)"
     )
 
 
@@ -89,45 +93,3 @@ def corpora_of_tokenizer(paths: Sequence[Path], fingerprint: str) -> list[Prepar
                 "prepare it with the tokenizer of the training corpus (--tokenizer PATH)"
             )
     return corpora
-
-
-def evaluate_loaded(
-    model: nn.Module,
-    corpus_paths: Sequence[Path],
-    *,
-    tokenizer_fingerprint: str,
-    split: str,
-    seq_len: int,
-    batch_size: int,
-    reset_attention: bool,
-    device: str,
-) -> EvalResult:
-    """`evaluate` for a model in this process, on corpora made with its own tokenizer.
-
-    Raises DataError for a corpus of another tokenizer: its ids would mean other text.
-    """
-    corpora = corpora_of_tokenizer(corpus_paths, tokenizer_fingerprint)
-    mesh = single_process_mesh(device)
-    model = model.to(mesh.device).eval()
-
-    @torch.no_grad()
-    def token_losses(batch: EvaluationBatch) -> Tensor:
-        documents = batch.document_ids_BS
-        losses: Tensor = model(
-            batch.input_ids_BS.to(mesh.device),
-            batch.target_ids_BS.to(mesh.device),
-            None if documents is None else documents.to(mesh.device),
-            reduction="none",
-        )
-        return losses
-
-    return evaluate(
-        token_losses,
-        corpora,
-        mesh,
-        split=split,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        max_batches=None,
-        reset_attention=reset_attention,
-    )

@@ -6,12 +6,14 @@ handed ranks and groups and never looks them up.
 
 import datetime
 import os
+import socket
 from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore as _HashStore
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from bitscale.errors import ConfigError, KernelUnavailable
 
@@ -120,19 +122,21 @@ def under_launcher() -> bool:
     return "RANK" in os.environ
 
 
-def init_mesh(device: str, num_threads: int = 0) -> Mesh:
+def init_mesh(device: str, num_threads: int = 0, timeout_seconds: float = 1800.0) -> Mesh:
     """Join the process group of this launch and bind this rank's device and CPU threads.
 
     Args:
         device: "auto" (CUDA if there is one), "cpu" or "cuda".
         num_threads: CPU threads of this rank; 0 divides the cores among the local ranks, whatever
             OMP_NUM_THREADS the launcher set, so that every launcher computes the same.
+        timeout_seconds: that a rank waits for the others, here and in each collective of the
+            world's group (`set_timeout` extends it to groups that others make).
 
     Raises:
         KernelUnavailable: CUDA was asked for and is not there.
     """
     rank, world_size = rank_from_environment(), world_size_from_environment()
-    local_rank = _environment_int("LOCAL_RANK", 0)
+    local_rank = local_rank_from_environment()
     # torchrun and deepspeed disagree on the name.
     local_world_size = _environment_int("LOCAL_WORLD_SIZE", _environment_int("LOCAL_SIZE", 1))
     torch_device = _choose_device(device, local_rank)
@@ -140,11 +144,27 @@ def init_mesh(device: str, num_threads: int = 0) -> Mesh:
     if not dist.is_initialized():
         backend = "nccl" if torch_device.type == "cuda" else "gloo"
         if under_launcher():
-            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+            timeout = datetime.timedelta(seconds=timeout_seconds)
+            dist.init_process_group(backend, timeout=timeout)
         else:
-            # One process: an in-memory store needs no free port.
+            # One process: an in-memory store needs no free port, and what listens all the same
+            # (gloo's and NCCL's transports, in every group) does so where nobody else can reach it.
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(name, _loopback())
             dist.init_process_group(backend, store=_HashStore(), rank=0, world_size=1)
     return Mesh(rank, world_size, local_rank, local_world_size, torch_device)
+
+
+def set_timeout(timeout_seconds: float) -> None:
+    """How long a collective waits, in every process group that this rank is in, whoever made it:
+    torch gives a new group its default, not its parent's."""
+    for group in list(_world.pg_map):
+        _set_pg_timeout(datetime.timedelta(seconds=timeout_seconds), group)
+
+
+def local_rank_from_environment() -> int:
+    """This process's rank among those of its host (0 without a launcher)."""
+    return _environment_int("LOCAL_RANK", 0)
 
 
 def share_model(mesh: Mesh, tp: int, num_kv_heads: int, pp: int = 1) -> Mesh:
@@ -208,6 +228,11 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _loopback() -> str:
+    """The network interface that leads to this host only: lo, or lo0."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 
 def _environment_int(name: str, default: int) -> int:

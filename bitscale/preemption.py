@@ -13,6 +13,9 @@ class StopRequest:
     Under a launcher a second one is ignored (`repeats_kill` False): a signal to the whole job, as
     Ctrl-C or Slurm send it, reaches each rank twice, directly and passed on by the launcher, and
     must not end the save that it asked for. Launchers kill after half a minute by themselves.
+
+    There it also stays active when an error leaves the block: launchers send SIGTERM to the other
+    ranks as soon as one has died, and must not cut off what these say of that.
     """
 
     def __init__(self, *, repeats_kill: bool = True) -> None:
@@ -31,7 +34,8 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._restore()
+        if error is None or self._repeats_kill:
+            self._restore()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = True

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +44,10 @@ class SpeedRecord(NamedTuple):
     peak_gib: float
     eta_seconds: float
     epochs: Mapping[str, float]
+    # Own work, without waiting (watch/stragglers.py): who needs longest, and the others' median.
+    slowest_rank: int = 0
+    slowest_own_seconds: float = 0.0
+    others_own_seconds: float = 0.0
 
 
 class ValidRecord(NamedTuple):
@@ -71,10 +75,12 @@ class Recorder:
         resume_step: int | None,
         num_steps: int,
         tensorboard: bool,
+        listeners: Sequence[Callable[[Sequence[Mapping[str, Any]]], None]] = (),
     ) -> None:
         """Open `run_dir/metrics.jsonl`, created for a fresh run, cut to `resume_step` otherwise.
 
-        `num_steps` is the planned length of the run and goes into its start and resume events.
+        `num_steps` is the planned length of the run and goes into its start and resume events;
+        `listeners` are given every line that is written.
         Raises DataError if a fresh run (`resume_step` None) would continue an existing file, or
         if the file to resume is malformed.
         """
@@ -83,6 +89,7 @@ class Recorder:
         self._run_dir = run_dir
         self._with_tensorboard = tensorboard
         self._tensorboard: Any = None
+        self._listeners = listeners
         if not enabled:
             return
         path = run_dir / METRICS_NAME
@@ -163,7 +170,7 @@ class Recorder:
     def event(self, step: int, tokens: int, event: str, **details: object) -> None:
         """Record a point in the run's life, with the wall clock in `unix_seconds`.
 
-        `event` is one of start, resume, transition, checkpoint, rollback, preempted, finished;
+        `event` is start, resume, transition, checkpoint, rollback, straggler, preempted, finished;
         `details` must be JSON values (the start event should carry `config_hash`).
         """
         if not self._enabled:
@@ -198,6 +205,8 @@ class Recorder:
         with self._explained():
             self._file.write("".join(json.dumps(line) + "\n" for line in lines))
             self._file.flush()
+        for listener in self._listeners:
+            listener(lines)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

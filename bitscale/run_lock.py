@@ -20,8 +20,10 @@ LOCK_NAME = "run.lock"
 
 
 @contextmanager
-def hold(run_dir: Path, *, enabled: bool = True) -> Iterator[None]:
+def hold(run_dir: Path, *, enabled: bool = True, name: str = LOCK_NAME) -> Iterator[None]:
     """Hold `run_dir`, which is made if it is not there (rank 0 only; the others pass False).
+
+    `name` is the lock's file: a supervisor has one of its own beside the run's.
 
     Raises ConfigError if another process holds it, or if it is not writable. A file system without
     flock (Lustre mounted without `-o flock`) is said on stderr and nothing is held.
@@ -29,7 +31,7 @@ def hold(run_dir: Path, *, enabled: bool = True) -> Iterator[None]:
     if not enabled:
         yield
         return
-    path = run_dir / LOCK_NAME
+    path = run_dir / name
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")  # closed on exec: no child can keep the lock

@@ -3,6 +3,7 @@
 `train` sets a run up (corpora, ranks, model, engine, resumption); `_loop` is the run itself.
 """
 
+import sys
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -11,11 +12,10 @@ from pathlib import Path
 import torch
 
 from bitscale import checkpoint, guard, run, run_lock
+from bitscale.announcement import amendment_summary, run_summary, transition_summary
 from bitscale.config import (
-    Amendment,
     Amendments,
     Config,
-    ScaledMoments,
     amendments_tree,
     batch_index,
     check_world_size,
@@ -26,21 +26,24 @@ from bitscale.config import (
     to_tree,
     transition_step,
 )
-from bitscale.data.batches import Batches
+from bitscale.data.batches import Batches, EvaluationBatch
 from bitscale.data.corpus import PreparedCorpus
 from bitscale.engine import TrainEngine, make_engine
+from bitscale.engine.monitors import Listener, check_monitors, open_monitors
 from bitscale.errors import CheckpointError, TrainingFault
 from bitscale.evaluate import EvalResult, evaluate
 from bitscale.mesh import (
     Mesh,
     close_mesh,
     init_mesh,
+    local_rank_from_environment,
     rank_from_environment,
+    set_timeout,
     share_model,
     under_launcher,
     world_size_from_environment,
 )
-from bitscale.model.bitlinear import bit_linears, is_scale, set_strength
+from bitscale.model.bitlinear import is_scale, set_strength
 from bitscale.model.norms import is_sub_norm
 from bitscale.model.stages import make_model
 from bitscale.monitor import Monitor
@@ -51,6 +54,7 @@ from bitscale.recorder import Recorder, ValidRecord, format_count, format_durati
 from bitscale.sources import StateSource, open_state
 from bitscale.telemetry import TernaryTelemetry
 from bitscale.transition import begin_transition
+from bitscale.watch import RankWatch, is_lost_peer, watch_rank
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class _Session:
     telemetry: TernaryTelemetry | None
     identity: dict[str, str]
     amendments: Amendments  # what the guard has changed so far
+    rank_watch: RankWatch
 
     def say(self, text: str) -> None:
         if self.mesh.is_main:
@@ -94,12 +99,24 @@ def train(cfg: Config, *, resume: str | None = None, allow_change: Collection[st
     check_world_size(cfg, world_size_from_environment())
     corpora = run.load_corpora(cfg)
     cfg = run.resolve_vocab(cfg, corpora[0].vocab_size)
-    with run_lock.hold(Path(cfg.run.dir), enabled=rank_from_environment() == 0):
-        return _train(cfg, corpora, resume, allow_change)
+    rank, world_size = rank_from_environment(), world_size_from_environment()
+    if rank == 0:
+        check_monitors(cfg.log)
+    with (
+        run_lock.hold(Path(cfg.run.dir), enabled=rank == 0),
+        watch_rank(
+            cfg, rank=rank, local_rank=local_rank_from_environment(), world_size=world_size
+        ) as rank_watch,
+    ):
+        return _train(cfg, corpora, resume, allow_change, rank_watch)
 
 
 def _train(
-    cfg: Config, corpora: list[PreparedCorpus], resume: str | None, allow_change: Collection[str]
+    cfg: Config,
+    corpora: list[PreparedCorpus],
+    resume: str | None,
+    allow_change: Collection[str],
+    rank_watch: RankWatch,
 ) -> Outcome:
     identity = run.identity(cfg, corpora)
     resume_from = run.find_resume(cfg, resume)
@@ -114,11 +131,13 @@ def _train(
     if reader is not None:
         comparison = run.compare(cfg, identity, reader, allow_change)
 
-    mesh = init_mesh(cfg.engine.device, cfg.engine.num_threads)
+    timeout_seconds = cfg.watch.collective_timeout_seconds
+    mesh = init_mesh(cfg.engine.device, cfg.engine.num_threads, timeout_seconds)
+    rank_watch.joined()
     mesh = share_model(mesh, cfg.parallel.tp, num_kv_heads(cfg), cfg.parallel.pp)
     try:
         run.check_same_checkpoint(mesh, resume_from)
-        session = _set_up(cfg, mesh, corpora, identity, reader, amendments)
+        session = _set_up(cfg, mesh, corpora, identity, reader, amendments, rank_watch)
         _announce(session, reader, comparison)
         start = 0 if reader is None else reader.meta.step
         with StopRequest(repeats_kill=not under_launcher()) as stop_request:
@@ -126,7 +145,9 @@ def _train(
         session.recorder.close()
         return outcome
     finally:
-        close_mesh()
+        # Leaving a group of which ranks are lost may wait for them; this process ends anyway.
+        if not is_lost_peer(sys.exception()):
+            close_mesh()
 
 
 def _attempt(session: _Session, start: int, stop_request: StopRequest) -> Outcome:
@@ -148,13 +169,14 @@ def _loop(session: _Session, start: int, stop_request: StopRequest) -> Outcome:
     monitor = Monitor(cfg, mesh, session.batches, session.recorder, session.amendments)
     valid = None
     for step in range(start, last):
+        session.rank_watch.mark("step", step)
         strength = quant_strength(step, cfg, session.amendments)
         if step == first_ternary_step:
             begin_transition(engine, mesh, cfg.transition.optimizer_state)
             session.recorder.event(
                 step, session.batches.tokens_seen(step), "transition", **cfg.transition.model_dump()
             )
-            session.say(f"transition begins: {_transition_summary(cfg)}")
+            session.say(f"transition begins: {transition_summary(cfg)}")
         set_strength(engine.module, strength)
         lr, decay = learning_rate(step, cfg), weight_decay(step, cfg)
         batch = session.batches.micro_batches(batch_index(step, session.amendments))
@@ -170,7 +192,8 @@ def _loop(session: _Session, start: int, stop_request: StopRequest) -> Outcome:
             _read_telemetry(session, done)
         if _due(done, cfg.train.eval_every) or done == last:
             valid = _evaluate(session, done)
-        if _due(done, cfg.checkpoint.every) or done == last or stopping:
+        due = _due(done, cfg.checkpoint.every) or done in cfg.checkpoint.at
+        if due or done == last or stopping:
             monitor.report()  # a checkpoint never outlives an unseen NaN
             _save(session, done, strength, wait=done == last or stopping)
         if stopping and done < last:
@@ -193,6 +216,7 @@ def _set_up(
     identity: dict[str, str],
     reader: StateSource | None,
     amendments: Amendments,
+    rank_watch: RankWatch,
 ) -> _Session:
     batches = Batches(
         [
@@ -211,6 +235,7 @@ def _set_up(
     model = make_model(cfg, mesh)
     telemetry = TernaryTelemetry(model) if cfg.log.telemetry_every else None
     engine = make_engine(cfg, model, mesh)
+    set_timeout(cfg.watch.collective_timeout_seconds)  # in DeepSpeed's groups too
     if reader is not None:
         restore(engine, mesh, reader)
     if mesh.is_main:
@@ -224,12 +249,14 @@ def _set_up(
         resume_step=0 if reader is None else reader.meta.step,
         num_steps=num_steps(cfg),
         tensorboard=cfg.log.tensorboard,
+        listeners=_listeners(cfg, mesh, rank_watch),
     )
     saver = checkpoint.Saver(
         run.checkpoints_dir(cfg),
         mesh,
         keep_last=cfg.checkpoint.keep_last,
         keep_every=cfg.checkpoint.keep_every,
+        keep_at=cfg.checkpoint.at,
     )
     if telemetry is not None and reader is not None:
         # Flips count from the checkpoint.
@@ -237,8 +264,23 @@ def _set_up(
     if amendments and recorder.num_rollbacks() == len(amendments) - 1:
         guard.record(cfg, recorder, amendments[-1])  # killed just before that
     return _Session(
-        cfg, mesh, corpora, engine, batches, recorder, saver, telemetry, identity, amendments
+        cfg=cfg,
+        mesh=mesh,
+        corpora=corpora,
+        engine=engine,
+        batches=batches,
+        recorder=recorder,
+        saver=saver,
+        telemetry=telemetry,
+        identity=identity,
+        amendments=amendments,
+        rank_watch=rank_watch,
     )
+
+
+def _listeners(cfg: Config, mesh: Mesh, rank_watch: RankWatch) -> list[Listener]:
+    services = open_monitors(cfg.log) if mesh.is_main else None
+    return [rank_watch.observe, *filter(None, [services])]
 
 
 def restore(engine: TrainEngine, mesh: Mesh, reader: StateSource) -> None:
@@ -268,7 +310,8 @@ def _rewind(cfg: Config, reader: StateSource | None) -> None:
         for path in checkpoint.rewind(root, root / reader.path.name):
             print(f"kept aside, as this run continues from an earlier step: superseded-{path.name}")
         # What a session killed between a save and its pruning has left.
-        checkpoint.prune(root, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every)
+        kept = cfg.checkpoint
+        checkpoint.prune(root, kept.keep_last, kept.keep_every, kept.at)
     except OSError as error:
         raise CheckpointError(
             f"{root}: cannot be written ({error}); make it writable, then --resume auto"
@@ -280,11 +323,12 @@ def _go_back(session: _Session, fault: guard.Fault) -> tuple[_Session, int]:
     of that checkpoint (a collective)."""
     cfg, mesh, engine = session.cfg, session.mesh, session.engine
     session.say(f"{fault.reason}; going back")
+    session.rank_watch.mark("start", fault.step)
     amendment, path = guard.go_back(cfg, mesh, session.recorder, fault, session.amendments)
     restore(engine, mesh, _open_everywhere(path, mesh))
     if session.telemetry is not None:
         session.telemetry.read(engine.gathered, compute=mesh.speaks_for_stage)
-    session.say(f"continued from {path}: {_amendment_summary(amendment)}")
+    session.say(f"continued from {path}: {amendment_summary(amendment)}")
     return replace(session, amendments=(*session.amendments, amendment)), amendment.from_step
 
 
@@ -301,18 +345,6 @@ def _open_everywhere(path: Path, mesh: Mesh) -> checkpoint.Reader:
     return reader
 
 
-def _amendment_summary(amendment: Amendment) -> str:
-    change = (
-        f"the ramp {amendment.slower:g} times slower"
-        if amendment.slower > 1
-        else f"without batch {', '.join(map(str, amendment.skipped_batches))}"
-    )
-    return (
-        f"rollback {amendment.number} from step {amendment.detected_step} to "
-        f"{amendment.from_step}, {change}"
-    )
-
-
 def _announce(session: _Session, reader: StateSource | None, comparison: run.Comparison) -> None:
     cfg, mesh, batches = session.cfg, session.mesh, session.batches
     step = 0 if reader is None else reader.meta.step
@@ -326,55 +358,16 @@ def _announce(session: _Session, reader: StateSource | None, comparison: run.Com
     event = "start" if reader is None else "resume"
     source = {} if reader is None else {"checkpoint": str(reader.path)}
     session.recorder.event(step, batches.tokens_seen(step), event, **details, **source)
-    shapes = session.engine.parameter_shapes()
-    ternary = session.engine.ternary_weights()
-    count = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    session.say(
-        f"run {cfg.run.dir}: {format_count(sum(count.values()))} parameters "
-        f"({format_count(sum(count[name] for name in ternary))} in ternary layers), "
-        f"{num_steps(cfg):,} steps, {format_count(batches.tokens_seen(num_steps(cfg)))} tokens, "
-        f"{cfg.train.dtype}, ZeRO-{cfg.engine.zero_stage}, {mesh.world_size} rank(s) on "
-        f"{mesh.device.type}{_layout(cfg)}, kernel {_kernel(session)}; {_transition_summary(cfg)}"
-    )
+    tokens = batches.tokens_seen(num_steps(cfg))
+    session.say(run_summary(cfg, mesh, session.engine, tokens))
     if reader is not None:
         session.say(f"resumed from {reader.path} at step {step}")
     for amendment in session.amendments:
-        session.say(f"in force: {_amendment_summary(amendment)}")
+        session.say(f"in force: {amendment_summary(amendment)}")
     for line in comparison.notes:
         session.say(line)
     for difference in comparison.differences:
         session.say(f"allowed change: {difference}")
-
-
-def _layout(cfg: Config) -> str:
-    p = cfg.parallel
-    shared = [
-        f"tp {p.tp}" if p.tp > 1 else "",
-        "sequence parallel" if p.sequence_parallel else "",
-        f"pp {p.pp}" if p.pp > 1 else "",
-    ]
-    named = ", ".join(filter(None, shared))
-    return f" ({named})" if named else ""
-
-
-def _kernel(session: _Session) -> str:
-    """What computes the ternary layers, whatever `auto` has chosen."""
-    layers = bit_linears(session.engine.module)
-    names = {"reference" if layer.kernels is None else layer.kernels.name for _, layer in layers}
-    return " and ".join(sorted(names))
-
-
-def _transition_summary(cfg: Config) -> str:
-    start = transition_step(cfg)
-    if start is None:
-        return "16 bit throughout"
-    t = cfg.transition
-    policy = t.optimizer_state
-    state = f"scaled by {policy.scale:g}" if isinstance(policy, ScaledMoments) else policy
-    return (
-        f"ternary from step {start:,} (ramp {t.ramp.shape}, optimizer state {state}, "
-        f"LR {t.lr}, weight decay {t.weight_decay})"
-    )
 
 
 def _evaluate(session: _Session, done: int) -> EvalResult | None:
@@ -383,8 +376,13 @@ def _evaluate(session: _Session, done: int) -> EvalResult | None:
         return None
     passes = cfg.train.global_batch_size // (cfg.train.micro_batch_size * mesh.dp_size)
     begin = time.perf_counter()
+
+    def token_losses(batch: EvaluationBatch) -> torch.Tensor:
+        session.rank_watch.mark("evaluate", done)  # each batch is progress
+        return session.engine.token_losses(batch)
+
     result = evaluate(
-        session.engine.token_losses,
+        token_losses,
         session.corpora,
         mesh,
         split="valid",
@@ -418,6 +416,7 @@ def _read_telemetry(session: _Session, done: int) -> None:
 def _save(session: _Session, done: int, strength: Strength, *, wait: bool) -> None:
     """Save after `done` steps; unless `wait`, training goes on before the files are written."""
     cfg, mesh, engine = session.cfg, session.mesh, session.engine
+    session.rank_watch.mark("save", done)
     _record(session, session.saver.finish())
     session.recorder.flush()
     meta = checkpoint.Meta(

@@ -29,12 +29,13 @@ A run is one YAML file with the sections below, and dotted overrides on the comm
   Key by key, the file wins over its bases, a later base over an earlier one, an override over all.
 - Lists are replaced whole: `'data.corpora=[{path: a}, {path: b, weight: 2.0}]'`.
 - A point or span of the run is given in one unit; giving another unit replaces the one below.
-- `${section.key}` refers to another key, after merging.
+- `${section.key}` refers to another key, after merging; `${oc.env:SCRATCH}` to a variable, of those
+  that hold no secret ([safety](safety.md)). Nothing else in `${}` is run.
 - Nothing is converted: `64.0` is no integer and `"3e-4"` no number (but `3e-4` is one).
 - Every key is checked, alone and together with the others, before anything is started
   (`bitscale/config/checks.py`). The resolved configuration is in `RUN/config.yaml` and in every
   checkpoint; its hash covers every key that can change the numbers of a run: all but `run`, `log`,
-  `checkpoint` and `train.stop_step`.
+  `checkpoint`, `watch` and `train.stop_step`.
 """
 
 

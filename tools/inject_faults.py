@@ -34,7 +34,8 @@ Each fault hits a real run (`bitscale train`) of 40 steps that turns ternary in 
 saves every 5 steps; it had saved at 15 and 20 when the fault came, unless the fault says otherwise.
 *Lost* is not an opinion: after the mend that the message names, `--resume auto` ends the run
 **bitwise equal** to one that was never interrupted (every metric, every tensor of the checkpoints).
-Where a session is refused for its configuration, every file of the run is compared with before.
+Where a session is refused for its configuration, every file of the run (but the ranks' heartbeats)
+is compared with before.
 """
 
 

@@ -373,18 +373,21 @@ Of the predictions:
 {outcomes}
 
 ## Reading (of the runs of 2026-11-22)
-- With a jump of λ the spike is the quantization itself: some .46 of .48 nats are there whatever
-  Adam holds. A reset costs .02 in the first steps and is then the better choice for 40,000 tokens;
-  what Adam remembers of the 16-bit model seems to be of little use so far from it. (Why, is not
+- With a jump of λ the spike is the quantization itself: some .47 of .49 nats are there whatever
+  Adam holds. A reset costs .02 at the peak and is then the better choice for 40,000 tokens; what
+  Adam remembers of the 16-bit model seems to be of little use so far from it. (Why, is not
   measured here.)
-- With a ramp the order is the paper's: a reset at the full rate costs .04 on average while λ
-  rises, .02 at the peak, and .007 are left after 123,000 tokens.
+- With a ramp the order is the paper's: a reset at the full rate costs .045 on average while λ
+  rises and .02 at the peak. Of that .007 are left in the training loss of the last 40 steps; in the
+  validation loss at the end no difference can be told from noise.
 - The paper's "reset" is reset and re-warming together. With a ramp its peak is that of a keep;
-  after a jump it lies a little above. Re-warming itself leaves .01 to .02 at the end in all four
-  comparisons: tokens learned from at a lower rate, in runs this short.
-- The ramp matters some fourteen times as much for the peak as the state does (.316 and .022), and
-  the run with it ends .015 lower.
-{missing}
+  after a jump it lies a little above. Re-warming itself costs .004 to .011 of validation loss at
+  the end: tokens learned from at a lower rate, in runs this short.
+- The ramp matters some fourteen times as much for the peak as the state does (.329 and .023), and
+  the run with it ends .013 lower.
+- The same runs at .85M parameters (commit e5c2d45 of this file) gave the same signs and sizes, but
+  for the validation loss after a ramp: there .007 [.002, .013] were left.
+
 ![excess loss after the transition](../images/optimizer-state.png)
 
 Lines are means over seeds, bands 95% intervals (Student's t over seeds, paired by seed where two

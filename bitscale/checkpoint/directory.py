@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -60,10 +61,12 @@ def resolve(path: Path) -> Path:
     )
 
 
-def prune(root: Path, keep_last: int, keep_every: int) -> None:
-    """Delete checkpoints beyond the last `keep_last`, but never multiples of `keep_every`."""
+def prune(root: Path, keep_last: int, keep_every: int, keep_at: Collection[int] = ()) -> None:
+    """Delete checkpoints beyond the last `keep_last`, but never multiples of `keep_every`, nor
+    those of the steps `keep_at`."""
     for path in list_checkpoints(root)[:-keep_last]:
-        if not (keep_every and _step_of(path) % keep_every == 0):
+        step = _step_of(path)
+        if not (keep_every and step % keep_every == 0) and step not in keep_at:
             # Renamed first: a kill in the middle leaves nothing that looks whole.
             doomed = root / f".{path.name}.deleted"
             path.rename(doomed)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitscale.engine.fragments import Fragment
 from bitscale.errors import CheckpointError
+from bitscale.names_in_files import is_plain
 
 FORMAT = "bitscale-checkpoint-2"
 _FORMATS = ("bitscale-checkpoint-1", FORMAT)  # 1 has no SHA256SUMS
@@ -56,7 +57,8 @@ def read_meta(path: Path) -> Meta:
                 f"{' and '.join(map(repr, _FORMATS))}; use the bitscale that wrote it"
             )
         _verify_meta(path, content, required=tree["format"] == FORMAT)
-        return Meta(**tree)
+        meta = Meta(**tree)
+        strange = [name for name in meta.files if not is_plain(name)]
     except FileNotFoundError:
         raise CheckpointError(
             f"{file}: missing; the checkpoint is incomplete: use another checkpoint"
@@ -65,6 +67,12 @@ def read_meta(path: Path) -> Meta:
         raise unreadable(file, error) from error
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: damaged ({error}); use another checkpoint") from error
+    if strange:
+        raise CheckpointError(
+            f"{file}: names {strange[0]!a}, which is not a file of its own directory; do not use a "
+            "checkpoint of unknown origin"
+        )
+    return meta
 
 
 def _verify_meta(path: Path, content: bytes, *, required: bool) -> None:

@@ -11,7 +11,7 @@ that writes slowly holds nobody up.
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -71,11 +71,19 @@ _DURABLE, _BUSY, _FAILED = 0, 1, 2
 class Saver:
     """Saves the checkpoints of one run, one at a time, and deletes old ones."""
 
-    def __init__(self, root: Path, mesh: Mesh, *, keep_last: int = 0, keep_every: int = 0) -> None:
+    def __init__(
+        self,
+        root: Path,
+        mesh: Mesh,
+        *,
+        keep_last: int = 0,
+        keep_every: int = 0,
+        keep_at: Collection[int] = (),
+    ) -> None:
         """Into `root`; what stays there besides is up to `prune` (`keep_last` 0: everything)."""
         self._root = root
         self._mesh = mesh
-        self._keep_last, self._keep_every = keep_last, keep_every
+        self._keep_last, self._keep_every, self._keep_at = keep_last, keep_every, keep_at
         self._pending: _Pending | None = None
 
     def begin(self, meta: Meta, fragments: Iterable[Fragment], rng_state: Tensor) -> None:
@@ -139,7 +147,7 @@ class Saver:
 
     def _prune(self) -> str:
         try:
-            prune(self._root, self._keep_last, self._keep_every)
+            prune(self._root, self._keep_last, self._keep_every, self._keep_at)
         except OSError as error:
             return str(error)  # the run is safe, only the disk is fuller than it should be
         return ""

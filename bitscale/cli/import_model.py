@@ -18,9 +18,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "import",
         help="make a checkpoint to train on from a published model or another trainer's state",
         description="Make a checkpoint (fp32 masters, new moments, step 0) from a Hugging Face "
-        "directory (Llama, Mistral, Qwen2, Qwen3, OLMo, BitNet), a packed export, or "
-        "llama2.c's .bin (docs/conversion.md); or, with --config, from a DeepSpeed or "
-        "Megatron-core checkpoint, with its optimizer state and step (docs/checkpoints.md).",
+        "directory (Llama, Mistral, Qwen2, Qwen3, OLMo, OLMo 2, BitNet), a packed export, a GGUF "
+        "file, llama2.c's .bin or a Megatron-core checkpoint (docs/conversion.md); or, with "
+        "--config, from a DeepSpeed or Megatron-core checkpoint, with its optimizer state and step "
+        "(docs/checkpoints.md).",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -50,16 +51,19 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     from bitscale.config import load_config
-    from bitscale.convert import open_source
+    from bitscale.convert.certificate import read_certificate
     from bitscale.convert.to_checkpoint import write_checkpoint
     from bitscale.run import versions
-    from bitscale.sources import holds_training_state
+    from bitscale.sources import holds_training_state, locate
+    from bitscale.sources.as_model import open_model
 
-    if holds_training_state(args.source):
+    is_state = holds_training_state(args.source)
+    # Our own export to Megatron-core holds weights and says all of them that is to be known.
+    if is_state and args.config is not None and read_certificate(locate(args.source)) is None:
         return _import_state(args)
     cfg = None if args.config is None else load_config(args.config, args.overrides)
     seq_len = args.seq_len or (None if cfg is None else cfg.data.seq_len)
-    source = open_source(args.source, seq_len=seq_len, scales=args.scales)
+    source = open_model(args.source, cfg, seq_len=seq_len, scales=args.scales)
     write_checkpoint(source, args.out, versions(), cfg)
     m = source.model
     print(
@@ -67,21 +71,17 @@ def run(args: argparse.Namespace) -> int:
         f"{m.d_model}, {source.num_parameters / 1e6:.1f} M parameters; "
         f"train with --resume {args.out}"
     )
+    if is_state and source.form.endswith("masters"):
+        print("note: weights only, as step 0; with --config optimizer state and step come along")
     return 0
 
 
 def _import_state(args: argparse.Namespace) -> int:
     from bitscale import run as runs
     from bitscale.config import load_config
-    from bitscale.errors import ConfigError
     from bitscale.sources import locate, open_state
     from bitscale.sources.to_checkpoint import import_state
 
-    if args.config is None:
-        raise ConfigError(
-            f"{args.source} does not describe its model and data; name the configuration of the "
-            "run that goes on from it with --config FILE"
-        )
     cfg = load_config(args.config, args.overrides)
     corpora = runs.load_corpora(cfg)
     cfg = runs.resolve_vocab(cfg, corpora[0].vocab_size)

@@ -25,7 +25,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="what a model file or directory holds",
         description="Say what a file or directory is: architecture, precision, bits per weight, "
         "zeros and scales, recipe. Reads bitscale's own forms, Hugging Face directories, "
-        "safetensors, GGUF, PyTorch files of plain tensors, token shards; runs no code of theirs.",
+        "DeepSpeed's and Megatron-core's checkpoints, safetensors, GGUF, PyTorch files of plain "
+        "tensors, token shards; runs no code of theirs.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -39,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     import json
 
-    from bitscale.convert.inspection import inspect
+    from bitscale.sources.inspection import inspect
 
     description = inspect(args.path, read_values=not args.headers)
     print("\n".join(show(description, each=args.tensors)))

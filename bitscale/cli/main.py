@@ -1,7 +1,8 @@
 """The `bitscale` command: subcommands, exit codes, nothing else.
 
-0 done; 1 a failure inside (traceback); 2 bad input, one line on stderr; 75 stopped by a signal
-after saving (EX_TEMPFAIL: launch again with --resume auto).
+0 done; 1 a failure inside (traceback); 2 bad input, one line on stderr; 3 a rank hung; 4 another
+rank was lost; 75 stopped by a signal after saving (EX_TEMPFAIL). After 3, 4 and 75 launch again
+with --resume auto.
 """
 
 import argparse
@@ -13,21 +14,29 @@ from collections.abc import Sequence
 from bitscale import __version__
 from bitscale.cli import (
     config,
+    doctor,
     evaluate,
     export,
+    fit,
     import_model,
     inspect,
     plan,
     prepare,
     probe,
+    recommend,
     report,
+    runs,
+    status,
+    supervise,
+    sweep,
     train,
     verify,
 )
-from bitscale.errors import BitscaleError, ConfigError, TrainingFault
+from bitscale.errors import BitscaleError, ConfigError, PeerLost, TrainingFault
 
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
+EXIT_PEER_LOST = 4  # 3 is watch.EXIT_HUNG
 _SILENT_RANK_SECONDS = 10.0
 
 
@@ -44,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare,
         plan,
         train,
+        supervise,
         evaluate,
         probe,
         export,
@@ -51,7 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         inspect,
         verify,
         report,
+        status,
+        runs,
+        sweep,
+        fit,
+        recommend,
         config,
+        doctor,
     ):
         command.add_parser(subparsers)
     args, rest = parser.parse_known_args(argv)
@@ -66,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except BitscaleError as error:
         _print_error(error)
+        if isinstance(error, PeerLost):
+            return EXIT_PEER_LOST
         return EXIT_FAILURE if isinstance(error, TrainingFault) else EXIT_BAD_INPUT
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; Python would complain at exit too.

@@ -13,7 +13,8 @@ examples:
   torchrun --nproc-per-node 2 -m bitscale.cli.main train configs/quickstart.yaml
   deepspeed --num_gpus 2 --module bitscale.cli.main train configs/quickstart.yaml
 
-exit codes: 0 done; 1 failure; 2 bad input; 75 stopped by SIGTERM or Ctrl-C after saving
+exit codes: 0 done; 1 failure; 2 bad input; 3 a rank made no progress for watch.hang_seconds;
+4 another rank was lost, or late; 75 stopped by SIGTERM or Ctrl-C after saving
 """
 
 
@@ -48,7 +49,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     from bitscale.config import load_config
+    from bitscale.ranks import adopt_ranks
 
+    adopt_ranks()
     cfg = load_config(args.config, args.overrides)
     from bitscale.train import train  # after the configuration is known to be sound: torch is slow
 

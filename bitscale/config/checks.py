@@ -13,7 +13,7 @@ from bitscale.config.derived import (
     span_steps,
     transition_step,
 )
-from bitscale.config.schema import Config
+from bitscale.config.schema import Config, ModelConfig
 from bitscale.config.spec import SPARSE_BLOCK
 from bitscale.errors import ConfigError
 
@@ -30,6 +30,8 @@ _OWNED_DEEPSPEED_KEYS = {
     "optimizer": "optim",
     "scheduler": "optim.schedule",
     "pipeline": "parallel.pp",
+    "wandb": "log.wandb",
+    "comet": "log.comet",
 }
 
 
@@ -264,26 +266,30 @@ def _check_quant(cfg: Config) -> None:
             )
 
 
+def check_tensor_parallel(m: ModelConfig, tp: int) -> None:
+    """Raise ConfigError if `tp` ranks cannot share the matrices of this shape."""
+    for key, size in (("num_heads", m.num_heads), ("d_model", m.d_model), ("d_ff", m.d_ff)):
+        if size % tp:
+            raise ConfigError(
+                f"parallel.tp={tp} does not divide model.{key}={size}; use tp={math.gcd(tp, size)}"
+            )
+    kv_heads = m.num_kv_heads or m.num_heads
+    if kv_heads % tp and tp % kv_heads:
+        raise ConfigError(
+            f"parallel.tp={tp} neither divides nor is a multiple of the {kv_heads} key/value "
+            f"heads; use tp={math.gcd(tp, kv_heads)}, or other model.num_kv_heads"
+        )
+    if tp > 1 and m.qk_norm == "width":
+        raise ConfigError(
+            f"parallel.tp={tp} shares out the heads, and model.qk_norm='width' norms all of them "
+            "together; use parallel.tp=1"
+        )
+
+
 def _check_parallel(cfg: Config) -> None:
     """What tensor, sequence and pipeline parallelism ask of the model and of ZeRO."""
     p, m = cfg.parallel, cfg.model
-    for key, size in (("num_heads", m.num_heads), ("d_model", m.d_model), ("d_ff", m.d_ff)):
-        if size % p.tp:
-            raise ConfigError(
-                f"parallel.tp={p.tp} does not divide model.{key}={size}; "
-                f"use tp={math.gcd(p.tp, size)}"
-            )
-    kv_heads = num_kv_heads(cfg)
-    if kv_heads % p.tp and p.tp % kv_heads:
-        raise ConfigError(
-            f"parallel.tp={p.tp} neither divides nor is a multiple of the {kv_heads} key/value "
-            f"heads; use tp={math.gcd(p.tp, kv_heads)}, or other model.num_kv_heads"
-        )
-    if p.tp > 1 and m.qk_norm == "width":
-        raise ConfigError(
-            f"parallel.tp={p.tp} shares out the heads, and model.qk_norm='width' norms all of them "
-            "together; use parallel.tp=1"
-        )
+    check_tensor_parallel(m, p.tp)
     if p.sequence_parallel and p.tp == 1:
         raise ConfigError(
             "parallel.sequence_parallel=true splits the sequence over the tensor parallel ranks, "

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from bitscale.config.checks import check
+from bitscale.config.interpolation import check_interpolations
 from bitscale.config.presets import preset as named
 from bitscale.config.schema import Config, QuantConfig
 from bitscale.errors import ConfigError
@@ -32,12 +33,22 @@ _UNITS = {"step", "steps", "tokens", "fraction"}
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read `path` (following `base:`), apply `section.key=value` overrides, validate, check."""
-    merged = override(_read(Path(path), ()), overrides)
+    tree = override(read_tree(path), overrides)
+    return parse_config(interpolate(tree, where=str(path)), where=str(path))
+
+
+def read_tree(path: str | Path) -> dict[Any, Any]:
+    """The tree of `path` merged over its bases: not validated, `${...}` as it stands."""
+    return _read(Path(path), ())
+
+
+def interpolate(tree: dict[Any, Any], where: str) -> dict[Any, Any]:
+    """`tree` with every `${section.key}` replaced by what it refers to."""
+    check_interpolations(tree, where)
     try:
-        tree = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+        return cast(dict[Any, Any], OmegaConf.to_container(OmegaConf.create(tree), resolve=True))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from error
-    return parse_config(tree, where=str(path))
+        raise ConfigError(f"{where}: {_first_line(error)}") from error
 
 
 def override(tree: dict[Any, Any], overrides: Sequence[str]) -> dict[Any, Any]:
@@ -50,7 +61,7 @@ def override(tree: dict[Any, Any], overrides: Sequence[str]) -> dict[Any, Any]:
             above = cast(dict[Any, Any], OmegaConf.to_container(OmegaConf.from_dotlist([text])))
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
             raise ConfigError(f"override {text!r}: {_first_line(error)}") from error
-        merged = _merge(merged, above)
+        merged = merge(merged, above)
     return merged
 
 
@@ -62,7 +73,7 @@ def parse_config(tree: object, where: str) -> Config:
         # JSON mode: lists become tuples, but "12" does not become 12 (strict).
         cfg = Config.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(error)}") from error
+        raise ConfigError(f"{where}: {explain(error, Config)}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {_first_line(error)}") from error
     check(cfg)
@@ -112,19 +123,32 @@ _Dumper.add_implicit_resolver(
 def config_hash(cfg: Config) -> str:
     """SHA-256 (12 hex digits) over every key that can change the numbers of a run.
 
-    Left out: where it is written, how often it logs and saves, and when this session stops.
+    Left out: where it is written, how often it logs and saves, how it is watched, and when this
+    session stops.
     """
     tree = to_tree(cfg)
-    for section in ("run", "log", "checkpoint"):
+    for section in ("run", "log", "checkpoint", "watch"):
         del tree[section]
     tree["train"].pop("stop_step", None)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[Any, Any]:
-    """The tree of `path` merged over its bases; interpolations are not resolved yet."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base:` goes round in a circle")
+    tree = read_yaml(path)
+    base = tree.pop("base", None)
+    names = [] if base is None else base if isinstance(base, list) else [base]
+    merged: dict[Any, Any] = {}
+    for name in names:
+        if not isinstance(name, str):
+            raise ConfigError(f"{path}: base={base!r}: expected a file name or a list of them")
+        merged = merge(merged, _read(path.parent / name, (*seen, path.resolve())))
+    return merge(merged, tree)
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """The mapping in one file, read as OmegaConf does (`3e-4` is a number)."""
     try:
         node = OmegaConf.load(path)
     except FileNotFoundError:
@@ -136,17 +160,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[Any, Any]:
     tree = OmegaConf.to_container(node)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections (run, model, data, ...) at the top level")
-    base = tree.pop("base", None)
-    names = [] if base is None else base if isinstance(base, list) else [base]
-    merged: dict[Any, Any] = {}
-    for name in names:
-        if not isinstance(name, str):
-            raise ConfigError(f"{path}: base={base!r}: expected a file name or a list of them")
-        merged = _merge(merged, _read(path.parent / name, (*seen, path.resolve())))
-    return _merge(merged, tree)
+    return tree
 
 
-def _merge(below: dict[Any, Any], above: dict[Any, Any]) -> dict[Any, Any]:
+def merge(below: dict[Any, Any], above: dict[Any, Any]) -> dict[Any, Any]:
     """`above` wins key by key; a length given in one unit replaces the other units below it.
 
     Lists are replaced whole.
@@ -157,15 +174,16 @@ def _merge(below: dict[Any, Any], above: dict[Any, Any]) -> dict[Any, Any]:
     for key, value in above.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            value = _merge(old, value)
+            value = merge(old, value)
         merged[key] = value
     return merged
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """One line on what is wrong with a tree that was to be a `root`: key, value, remedy."""
     found: dict[_Location, list[ErrorDetails]] = {}
     for each in error.errors(include_url=False):
-        found.setdefault(_fields(each), []).append(each)
+        found.setdefault(_fields(each, root), []).append(each)
     # A key that may be a section or a word complains as both: the section's complaint says more.
     deepest = [key for key in found if not any(k[: len(key)] == key != k for k in found)]
     # Unknown keys first: a misspelt key is also a missing one, and the spelling is the cause.
@@ -174,7 +192,7 @@ def _explain(error: ValidationError) -> str:
     key = ".".join(str(part) for part in location) if location else "configuration"
     more = f" (and {len(rest)} more)" if rest else ""
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_did_you_mean(location)}{more}"
+        return f"unknown key {key!r}{_did_you_mean(location, root)}{more}"
     if first["type"] == "missing":
         in_list = any(isinstance(part, int) for part in location)
         remedy = "set it in the file" + ("" if in_list else f" or with {key}=VALUE")
@@ -186,9 +204,9 @@ def _explain(error: ValidationError) -> str:
     return f"{key}={shown}: {', or '.join(wanted)}{more}"
 
 
-def _fields(error: ErrorDetails) -> _Location:
+def _fields(error: ErrorDetails, root: type[BaseModel]) -> _Location:
     """Where the error is, without the names that pydantic gives to a key's alternatives."""
-    section: type[BaseModel] | None = Config
+    section: type[BaseModel] | None = root
     location: list[int | str] = []
     for part in error["loc"]:
         fields = {} if section is None else section.model_fields
@@ -202,9 +220,9 @@ def _fields(error: ErrorDetails) -> _Location:
     return tuple(location)
 
 
-def _did_you_mean(location: _Location) -> str:
+def _did_you_mean(location: _Location, root: type[BaseModel]) -> str:
     """' (did you mean ...?)' from the fields of the section in which the key stands."""
-    section: type[BaseModel] = Config
+    section = root
     for part in location[:-1]:
         if not isinstance(part, str):
             continue

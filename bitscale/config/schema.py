@@ -294,14 +294,50 @@ class CheckpointConfig(Section):
     every: NonNegativeInt = 0  # steps; 0: only at the end and on SIGTERM
     keep_last: PositiveInt = 2  # checkpoints
     keep_every: NonNegativeInt = 0  # steps; 0: keep only the last ones
+    at: tuple[PositiveInt, ...] = ()  # further steps after which it is saved, and kept
     # train on while the files are written, at the price of a copy of the state in host memory
     asynchronous: bool = True
+
+
+class WandbConfig(Section):
+    """Weights & Biases, by DeepSpeed's monitor; its key comes from the environment."""
+
+    project: str  # in which the run is shown
+    group: str | None = None  # of runs in it
+    team: str | None = None  # the entity; null: the account's default
+
+
+class CometConfig(Section):
+    """Comet, by DeepSpeed's monitor; its key comes from the environment."""
+
+    project: str  # in which the experiment is shown
+    workspace: str | None = None  # null: the account's default
+    experiment_name: str | None = None  # null: Comet chooses one
+    online: bool | None = None  # false: into an archive on disk
 
 
 class LogConfig(Section):
     every: PositiveInt = 10  # steps
     telemetry_every: NonNegativeInt = 50  # steps; 0: off
     tensorboard: bool = True  # event files under run.dir, beside metrics.jsonl
+    wandb: WandbConfig | None = None  # needs the package wandb
+    comet: CometConfig | None = None  # needs the package comet_ml
+
+
+class WatchConfig(Section):
+    """How a run is watched, and when it gives up waiting (docs/watching.md)."""
+
+    heartbeat_seconds: NonNegativeFloat = 5.0  # between two writings of a rank; 0: off
+    # without progress (four times that at start-up and in a save), until a rank says where it hangs
+    # and ends with exit code 3; 0: off
+    hang_seconds: NonNegativeFloat = 1800.0
+    # that a rank waits for the others in one collective; longer than hang_seconds, or the stacks
+    # are not written
+    collective_timeout_seconds: PositiveFloat = 2400.0
+    # own time of the slowest rank over the median of the others, from which it is named; null: off
+    straggler_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 1.2
+    metrics_port: Annotated[int, Field(gt=0, lt=65536)] | None = None  # Prometheus; null: off
+    metrics_host: str = "127.0.0.1"  # address that it is bound to; 0.0.0.0: every network
 
 
 class RunConfig(Section):
@@ -322,3 +358,4 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()  # on which machinery
     checkpoint: CheckpointConfig = CheckpointConfig()  # how often it is saved
     log: LogConfig = LogConfig()  # how often it reports
+    watch: WatchConfig = WatchConfig()  # how it is watched

@@ -41,10 +41,13 @@ def open_source(
 
 
 def load_model(path: Path) -> LoadedModel:
-    """The model that `path` holds: an export, GGUF file, checkpoint, or a run's latest one."""
-    if is_gguf(path):
-        return load_from_source(gguf_source(path))
-    return load_packed(path) if is_packed(path) else load_checkpoint(resolve(path))
+    """The model that `path` holds: an export, a run or checkpoint, a GGUF file, a Hugging Face
+    directory or llama2.c's .bin; as a reader of that form computes it."""
+    if is_packed(path):
+        return load_packed(path)
+    if is_gguf(path) or is_huggingface(path) or is_llama2c(path):
+        return load_from_source(open_source(path))
+    return load_checkpoint(resolve(path))
 
 
 __all__ = [

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from bitscale import __version__
 from bitscale.config import QuantConfig
 from bitscale.convert.model_source import ModelSource
@@ -26,11 +28,26 @@ def codes_digest(names: Iterable[str], ternary: Callable[[str], Ternary]) -> str
 
     Names are ours (`layers.0.attn.q.weight`): the same codes have the same digest in any format.
     """
-    digest = hashlib.sha256()
+    digest = CodesDigest()
     for name in sorted(names):
-        digest.update(name.encode())
-        digest.update(ternary(name).codes_FD.contiguous().numpy().data)
+        digest.add(name, ternary(name).codes_FD)
     return digest.hexdigest()
+
+
+class CodesDigest:
+    """The same, for a writer that makes codes once and in name order."""
+
+    def __init__(self) -> None:
+        self._sha256, self._last = hashlib.sha256(), ""
+
+    def add(self, name: str, codes_FD: Tensor) -> None:
+        assert name > self._last, (name, self._last)
+        self._last = name
+        self._sha256.update(name.encode())
+        self._sha256.update(codes_FD.contiguous().numpy().data)
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()
 
 
 def certificate(

@@ -166,18 +166,18 @@ def _load_transformers(path: Path) -> Logits:
     return logits
 
 
-def _simulated(source: ModelSource, strength: Strength) -> Logits:
+def llama_cpp_twin(source: ModelSource, strength: Strength) -> Logits:
     """llama.cpp's own way of quantizing activations is where it has codes to multiply."""
     return simulated_logits(source) if strength == TERNARY else decoder_logits(source, strength)
 
 
 def _simulated_file(path: Path) -> Logits:
     source = gguf_source(path)
-    return _simulated(source, source.computes)
+    return llama_cpp_twin(source, source.computes)
 
 
 CLIENTS = [
     Client("transformers", is_huggingface, _load_transformers),
-    Client("llama.cpp", has_llama_cpp, load_llama_cpp, _simulated),
-    Client("bitscale simulating llama.cpp", is_gguf, _simulated_file, _simulated),
+    Client("llama.cpp", has_llama_cpp, load_llama_cpp, llama_cpp_twin),
+    Client("bitscale simulating llama.cpp", is_gguf, _simulated_file, llama_cpp_twin),
 ]

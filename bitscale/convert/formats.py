@@ -8,6 +8,7 @@ from typing import Any, Literal
 from bitscale.config import QuantConfig
 from bitscale.convert.gguf_export import Encoding, Scales, export_gguf
 from bitscale.convert.huggingface_out import export_bitnet, export_dequantized, export_latent
+from bitscale.convert.megatron_out import export_megatron
 from bitscale.convert.model_source import ModelSource
 from bitscale.convert.packed import export_packed
 from bitscale.errors import CheckpointError
@@ -68,11 +69,12 @@ WRITERS: dict[str, Writer] = {
     "hf": lambda source, out, options: export_latent(source, out, options.dtype),
     "hf-dequantized": lambda source, out, options: export_dequantized(source, out, options.dtype),
     "hf-bitnet": _bitnet,
+    "megatron": lambda source, out, options: export_megatron(source, out, options.dtype),
     **{name: _gguf(encoding) for name, encoding in _GGUF.items()},
 }
 _WITH_LINEAR = ("hf-bitnet",)
 _WITH_GGUF_SCALE = ("gguf-tq2_0", "gguf-tq1_0")
-_WITH_DTYPE = ("hf", "hf-dequantized", "hf-bitnet", *_WITH_GGUF_SCALE, "gguf-i2_s")
+_WITH_DTYPE = ("hf", "hf-dequantized", "hf-bitnet", "megatron", *_WITH_GGUF_SCALE, "gguf-i2_s")
 
 
 def export(

@@ -38,8 +38,8 @@ _NAMES = {
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _SUPPORTED = (
-    "a bitscale run, checkpoint or export, a Hugging Face directory, .safetensors, .gguf, a "
-    "PyTorch file of plain tensors, and .bin/.idx token shards"
+    "a bitscale run, checkpoint or export, a Hugging Face directory, a DeepSpeed or Megatron-core "
+    "checkpoint, .safetensors, .gguf, a PyTorch file of plain tensors, and .bin/.idx token shards"
 )
 _TOKEN_SHARD = (".bin", ".idx")
 
@@ -82,7 +82,7 @@ class Description:
 
 
 @dataclass
-class _Listed:
+class Listed:
     """Tensors that are known and may be read."""
 
     facts: list[TensorFacts] = field(default_factory=list)
@@ -93,6 +93,10 @@ class _Listed:
         self.readers.append(read)
 
 
+# Kind, facts, tensors, certificate.
+Opened = tuple[str, dict[str, Any], Listed, dict[str, Any] | None]
+
+
 def inspect(path: Path, *, read_values: bool = True) -> Description:
     """Describe `path`; without `read_values` only headers are read.
 
@@ -101,7 +105,12 @@ def inspect(path: Path, *, read_values: bool = True) -> Description:
     """
     if not path.exists() and not path.with_name(f"{path.name}.idx").exists():
         raise CheckpointError(f"{path} does not exist; name {_SUPPORTED}")
-    kind, facts, listed, certificate = _open(path)
+    return describe(path, _open(path), read_values=read_values)
+
+
+def describe(path: Path, opened: Opened, *, read_values: bool) -> Description:
+    """What was opened, with sums; the tensors' values are read one after the other."""
+    kind, facts, listed, certificate = opened
     tensors = listed.facts
     if read_values:
         tensors = list(_with_values(path, listed))
@@ -113,10 +122,7 @@ def inspect(path: Path, *, read_values: bool = True) -> Description:
     return Description(path, kind, facts, tensors, certificate)
 
 
-_Opened = tuple[str, dict[str, Any], _Listed, dict[str, Any] | None]
-
-
-def _open(path: Path) -> _Opened:
+def _open(path: Path) -> Opened:
     if is_gguf(path):
         return _gguf(path)
     if path.suffix == ".safetensors" and path.is_file():
@@ -134,7 +140,7 @@ def _open(path: Path) -> _Opened:
     return _checkpoint(path)
 
 
-def _with_values(path: Path, listed: _Listed) -> Iterator[TensorFacts]:
+def _with_values(path: Path, listed: Listed) -> Iterator[TensorFacts]:
     with ByteProgress(f"reading {path.name}", sum(f.num_bytes for f in listed.facts)) as progress:
         for facts, read in zip(listed.facts, listed.readers, strict=True):
             yield facts._replace(**values_of(read()))
@@ -163,7 +169,13 @@ def values_of(content: Tensor | Ternary | None) -> dict[str, Any]:
 # --- Kinds ---
 
 
-def _checkpoint(path: Path) -> _Opened:
+_MOMENTS = {
+    "adamw": "AdamW, two moments (8 bytes a weight more)",
+    "lion": "Lion, one moment (4 bytes a weight more)",
+}
+
+
+def _checkpoint(path: Path) -> Opened:
     try:
         found = resolve(path)
     except CheckpointError as error:
@@ -171,7 +183,7 @@ def _checkpoint(path: Path) -> _Opened:
             raise
         raise CheckpointError(f"{path} cannot be inspected; name {_SUPPORTED}") from error
     meta, source = read_meta(found), checkpoint_source(found)
-    listed = _Listed()
+    listed = Listed()
     for name, shape in source.shapes.items():
         facts = TensorFacts(name, "F32 master", shape, 4 * prod(shape))
         ternary = source.is_ternary and name in source.ternary_names
@@ -179,15 +191,15 @@ def _checkpoint(path: Path) -> _Opened:
     facts_of = _model_facts(source) | {
         "checkpoint": found.name,
         "lambda": f"{meta.lambda_weight:g} weights, {meta.lambda_activation:g} activations",
-        "optimizer_state": "AdamW, two moments (8 bytes a weight more)",
+        "optimizer_state": _MOMENTS[source.recipe["optim"].get("name", "adamw")],
         "saved_by": f"{meta.world_size} ranks",
     }
     return "bitscale checkpoint", facts_of, listed, None
 
 
-def _export(path: Path) -> _Opened:
+def _export(path: Path) -> Opened:
     source = packed_source(path)
-    listed, bits = _Listed(), "2-bit" if source.kind == "packed" else "base-3"
+    listed, bits = Listed(), "2-bit" if source.kind == "packed" else "base-3"
     file = _raw_bytes(path / "model.safetensors")
     for name, shape in source.shapes.items():
         ternary = name in source.ternary_names
@@ -220,7 +232,7 @@ def _model_facts(source: ModelSource) -> dict[str, Any]:
     return facts
 
 
-def _gguf(path: Path) -> _Opened:
+def _gguf(path: Path) -> Opened:
     file = open_gguf(path)
     certificate = certificate_of(file)
     metadata = {
@@ -232,7 +244,7 @@ def _gguf(path: Path) -> _Opened:
         "gguf_version": file.version,
         "architecture": metadata.pop("general.architecture", None),
     }
-    listed = _Listed()
+    listed = Listed()
     for tensor in file.tensors.values():
         facts_of = TensorFacts(tensor.name, tensor.type.name, tensor.shape, tensor.num_bytes)
         listed.add(facts_of, _gguf_reader(file, tensor))
@@ -258,7 +270,7 @@ def _gguf_reader(file: GgufFile, tensor: GgufTensor) -> Callable[[], Tensor | Te
     return read
 
 
-def _huggingface(path: Path) -> _Opened:
+def _huggingface(path: Path) -> Opened:
     try:
         tree = json.loads((path / "config.json").read_text())
         assert isinstance(tree, dict)
@@ -282,7 +294,7 @@ def _huggingface(path: Path) -> _Opened:
     return "Hugging Face directory", facts, listed, certificate
 
 
-def _token_shard(prefix: Path) -> _Opened:
+def _token_shard(prefix: Path) -> Opened:
     from bitscale.data.shards import TokenShard
 
     shard = TokenShard(prefix)
@@ -292,15 +304,15 @@ def _token_shard(prefix: Path) -> _Opened:
         "dtype": shard.dtype.name,
         "largest_id": int(shard.tokens(0, shard.num_tokens).max()) if shard.num_tokens else None,
     }
-    return "Megatron token shard", facts, _Listed(), None
+    return "Megatron token shard", facts, Listed(), None
 
 
 # --- Files of tensors ---
 
 
-def _safetensors(paths: Iterable[Path]) -> _Listed:
+def _safetensors(paths: Iterable[Path]) -> Listed:
     """Of several files; a uint8 matrix with a `_scale` beside it is one of packed 2-bit codes."""
-    listed = _Listed()
+    listed = Listed()
     for path in paths:
         sizes = _raw_bytes(path)
         try:
@@ -362,7 +374,7 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path}: truncated or not a safetensors file ({error}); copy it again")
 
 
-def _pickled(path: Path) -> _Listed:
+def _pickled(path: Path) -> Listed:
     try:
         mapped = zipfile.is_zipfile(path)  # older ones are one pickle, read whole
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -371,7 +383,7 @@ def _pickled(path: Path) -> _Listed:
             f"{path}: not a file of plain tensors ({_reason(error)}); a pickle may run code, so "
             f"nothing else in one is read: name {_SUPPORTED}"
         ) from error
-    listed = _Listed()
+    listed = Listed()
     for name, tensor in _tensors_in("", content):
         stored = _NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
         facts = TensorFacts(name, stored, tuple(tensor.shape), tensor.nbytes)

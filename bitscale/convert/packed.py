@@ -23,7 +23,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitscale.config import ModelConfig, QuantConfig, quant_spec
-from bitscale.convert.certificate import CERTIFICATE_NAME, certificate, codes_digest, to_json
+from bitscale.convert.certificate import (
+    CERTIFICATE_NAME,
+    CodesDigest,
+    certificate,
+    codes_digest,
+    to_json,
+)
 from bitscale.convert.loaded import DTYPES, LoadedModel, decoder_on_meta
 from bitscale.convert.model_source import (
     ModelSource,
@@ -54,11 +60,11 @@ def export_packed(source: ModelSource, out: Path, form: Form = "packed") -> dict
     refuse_unpackable(source.quant, f"the {form} form")
     if form == "packed":
         refuse_rows(source)
-    digest = codes_digest(source.ternary_names, source.ternary)
+    codes = CodesDigest()
     with new_directory(out) as staging:
-        specs, tensors = _specs(source, form), _tensors(source, form)
+        specs, tensors = _specs(source, form), _tensors(source, form, codes)
         write_sharded(staging, specs, tensors, max_shard_bytes=2**63)
-        tokenizer = _copy_tokenizer(source, staging)
+        digest, tokenizer = codes.hexdigest(), _copy_tokenizer(source, staging)
         description = _describe(source, form, digest) | {"tokenizer_file": tokenizer}
         (staging / "config.json").write_text(to_json(description))
         content = certificate(source, form, computes=TERNARY, digest=digest)
@@ -255,7 +261,8 @@ def _packed_shape(shape: tuple[int, ...], form: Form) -> tuple[int, int]:
 def _specs(source: ModelSource, form: Form) -> Iterator[TensorSpec]:
     """What `_tensors` yields, without making it."""
     dtype = DTYPES[source.dtype]
-    for name, shape in source.shapes.items():
+    for name in sorted(source.shapes):
+        shape = source.shapes[name]
         if name.endswith(".bias"):
             continue
         if name not in source.ternary_names:
@@ -268,14 +275,16 @@ def _specs(source: ModelSource, form: Form) -> Iterator[TensorSpec]:
             yield TensorSpec(f"{layer}.bias", dtype, shape[:1])
 
 
-def _tensors(source: ModelSource, form: Form) -> Iterator[tuple[str, Tensor]]:
-    for name in source.shapes:
+def _tensors(source: ModelSource, form: Form, digest: CodesDigest) -> Iterator[tuple[str, Tensor]]:
+    """In name order, in which `digest` takes codes: each matrix is quantized once."""
+    for name in sorted(source.shapes):
         if name.endswith(".bias"):
             continue
         if name not in source.ternary_names:
             yield name, source.weight(name)
             continue
         codes_FD, scale = source.ternary(name)
+        digest.add(name, codes_FD)
         yield name, pack_2bit(codes_FD) if form == "packed" else pack_base3(codes_FD)
         yield f"{name}_scale", scale
         layer = name.removesuffix(".weight")

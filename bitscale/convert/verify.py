@@ -7,7 +7,7 @@ A is computed by bitscale's decoder, at the λ at which it is the function that 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitscale.convert.certificate import codes_digest, read_certificate
-from bitscale.convert.clients import Logits, client_logits, decoder_logits
+from bitscale.convert.clients import Logits, client_logits, decoder_logits, llama_cpp_twin
 from bitscale.convert.gguf_file import open_gguf
 from bitscale.convert.gguf_source import certificate_of
+from bitscale.convert.llama_perplexity import find_program, in_range, run_program
 from bitscale.convert.loaded import DTYPES
 from bitscale.convert.model_source import ModelSource
 from bitscale.data.tokenizer import load_tokenizer
@@ -64,15 +65,21 @@ def verify(
     *,
     text: Path | None = None,
     num_tokens: int = 2048,
+    program: Path | None = None,
     bounds: Bounds | None = None,
 ) -> list[Check]:
     """Every comparison that the two forms allow; they are the same model if all passed.
 
-    `text`: a file of which the first `num_tokens` tokens are compared; default: tokens drawn with
-    a fixed seed, of which no loss is reported.
+    Args:
+        text: a file of which the first `num_tokens` tokens are compared; default: tokens drawn
+            with a fixed seed, of which no loss is reported.
+        program: llama.cpp's llama-perplexity, to compute `b`, a GGUF file, on `text`.
 
     Raises BitscaleError if a model cannot be read or computed.
     """
+    if program is not None:
+        _refuse_for_program(b, text)
+        program = find_program(program)
     checks = [_architecture(a, b)]
     if not checks[0].passed:
         return checks
@@ -81,27 +88,35 @@ def verify(
         checks.append(_codes(a, b))
     elif a.has_latents and b.has_latents:
         checks.append(_weights(a, b))
-    checks += _outputs(a, b, text, num_tokens, bounds or Bounds())
+    if program is None or text is None:
+        outputs = _of_client(a, b, text, num_tokens)
+    else:
+        outputs = _of_program(a, b, program, text, num_tokens)
+        checks += _token_ids(a, outputs, text)
+    checks += _compared(a, b, outputs, bounds or Bounds(), with_loss=text is not None)
     return checks
 
 
-def compare_logits(first: Logits, second: Logits, windows: Iterator[Tensor]) -> Comparison:
-    """Both models on the same token ids, window by window [1, S]."""
+def compare_logits(
+    first: Logits, second: Logits, windows: Iterable[Tensor], scored: slice = slice(None)
+) -> Comparison:
+    """Both models on the same token ids, window by window [1, S], at positions `scored`."""
     difference = largest = kl = 0.0
     agreeing = count = num_targets = 0
     losses = [0.0, 0.0]
     for ids_BS in windows:
-        one, other = (model(ids_BS).flatten(0, 1).double() for model in (first, second))
+        one, other = (model(ids_BS).flatten(0, 1)[scored].double() for model in (first, second))
         difference = max(difference, float((one - other).abs().max()))
         largest = max(largest, float(one.abs().max()))
         p, q = one.log_softmax(-1), other.log_softmax(-1)
         kl += float((p.exp() * (p - q)).sum())
         agreeing += int((one.argmax(-1) == other.argmax(-1)).sum())
         count += one.shape[0]
-        targets = ids_BS.flatten()[1:]
+        targets = ids_BS.flatten()[1:][scored]
         num_targets += targets.numel()
         for i, log_probs in enumerate((p, q)):
-            losses[i] += float(F.nll_loss(log_probs[:-1], targets, reduction="sum"))
+            predictions = log_probs[: targets.numel()]  # nothing follows the last token
+            losses[i] += float(F.nll_loss(predictions, targets, reduction="sum"))
     means = (losses[0] / num_targets, losses[1] / num_targets)
     return Comparison(difference, largest, kl / count, agreeing / count, means, count)
 
@@ -178,18 +193,83 @@ def _weights(a: ModelSource, b: ModelSource) -> Check:
     return Check("weights", worst == 0.0, figures, {"difference": worst})
 
 
-def _outputs(
-    a: ModelSource, b: ModelSource, text: Path | None, num_tokens: int, bounds: Bounds
-) -> Iterator[Check]:
+class _Outputs(NamedTuple):
+    """Both models' logits, ready to be compared, and on what."""
+
+    by: str  # who computes B
+    ours: Logits  # A at the λ of B, as its twin
+    theirs: Logits
+    as_trained: Logits | None  # A at its own λ, where that is another function
+    windows: list[Tensor]
+    scored: slice = slice(None)
+
+
+def _of_client(a: ModelSource, b: ModelSource, text: Path | None, num_tokens: int) -> _Outputs:
     ids = _random_ids(a, num_tokens) if text is None else _text_ids(a, b, text, num_tokens)
     width = min(a.seq_len, b.seq_len, _MAX_WINDOW)
     starts = range(0, ids.numel() - 1, width)
     windows = [ids[None, start : start + width] for start in starts]
     name, theirs, twin = client_logits(b)
-    ours = twin(a, b.computes)
-    found = compare_logits(ours, theirs, iter(windows))
+    return _Outputs(name, twin(a, b.computes), theirs, _as_trained(a, b, twin), windows)
+
+
+def _of_program(
+    a: ModelSource, b: ModelSource, program: Path, text: Path, num_tokens: int
+) -> _Outputs:
+    """B by llama.cpp's llama-perplexity, which makes tokens of the text itself."""
+    assert b.model.vocab_size is not None
+    width = min(a.seq_len, b.seq_len, _MAX_WINDOW)
+    found = run_program(
+        program,
+        b.path,
+        _read_text(text, 16 * num_tokens),
+        window=width,
+        num_windows=max(num_tokens // width, 1),
+        vocab_size=b.model.vocab_size,
+    )
+    twin = llama_cpp_twin
+    trained = _as_trained(a, b, twin)
+    return _Outputs(
+        program.name,
+        in_range(twin(a, b.computes)),
+        found.logits,
+        None if trained is None else in_range(trained),
+        found.windows(),
+        found.scored,
+    )
+
+
+def _refuse_for_program(b: ModelSource, text: Path | None) -> None:
+    if b.kind != "gguf":
+        raise CheckpointError(
+            f"--llama-cpp computes GGUF files, and B, {b.path}, is none; leave it out"
+        )
+    if text is None:
+        raise CheckpointError("--llama-cpp needs --text FILE, of which llama.cpp makes tokens")
+    if open_gguf(b.path).metadata.get("tokenizer.ggml.add_bos_token"):
+        raise CheckpointError(
+            f"{b.path} wants a begin token (add_bos_token), which llama-perplexity puts in place "
+            "of each window's first; leave --llama-cpp out, and llama-cpp-python computes the file"
+        )
+
+
+def _token_ids(a: ModelSource, outputs: _Outputs, text: Path) -> Iterator[Check]:
+    """llama.cpp's tokens of the text against those that A was trained on, where it tells."""
+    if a.tokenizer_file is None:
+        return
+    theirs = torch.cat(outputs.windows, dim=1).flatten()
+    ours = torch.tensor(_encoded(a, _read_text(text, 16 * theirs.numel())))[: theirs.numel()]
+    different = theirs.numel() - int((ours == theirs[: ours.numel()]).sum())
+    figures = f"{different:,} of {theirs.numel():,} differ from A's tokenizer"
+    yield Check("token ids", different == 0, figures, {"different": float(different)})
+
+
+def _compared(
+    a: ModelSource, b: ModelSource, outputs: _Outputs, bounds: Bounds, *, with_loss: bool
+) -> Iterator[Check]:
+    found = compare_logits(outputs.ours, outputs.theirs, outputs.windows, outputs.scored)
     relative = found.max_difference / max(found.largest_logit, 1e-30)
-    at = f"A in bitscale at λ {b.computes.weight:g}/{b.computes.activation:g}, B in {name}"
+    at = f"A in bitscale at λ {b.computes.weight:g}/{b.computes.activation:g}, B in {outputs.by}"
     yield Check(
         "logits",
         relative <= bounds.logits and found.kl_nats <= bounds.kl_nats,
@@ -203,10 +283,11 @@ def _outputs(
             "greedy_agreement": found.greedy_agreement,
         },
     )
-    if text is not None:
+    if with_loss:
         yield _perplexity(found, bounds)
-    if (a.strength != b.computes and a.has_latents) or twin is not decoder_logits:
-        yield _as_trained(a, theirs, windows)
+    if outputs.as_trained is not None:
+        again = compare_logits(outputs.as_trained, outputs.theirs, outputs.windows, outputs.scored)
+        yield _no_verdict(a, again)
 
 
 def _perplexity(found: Comparison, bounds: Bounds) -> Check:
@@ -219,9 +300,14 @@ def _perplexity(found: Comparison, bounds: Bounds) -> Check:
     return Check("perplexity", abs(one - other) <= bounds.loss_nats, figures, values)
 
 
-def _as_trained(a: ModelSource, theirs: Logits, windows: list[Tensor]) -> Check:
-    """No verdict: B computes another function than A was trained as; how far it is from it."""
-    found = compare_logits(decoder_logits(a, a.strength), theirs, iter(windows))
+def _as_trained(a: ModelSource, b: ModelSource, twin: object) -> Logits | None:
+    """A at its own λ, if B computes another function than A was trained as."""
+    if (a.strength == b.computes or not a.has_latents) and twin is decoder_logits:
+        return None
+    return decoder_logits(a, a.strength)
+
+
+def _no_verdict(a: ModelSource, found: Comparison) -> Check:
     figures = (
         f"(no verdict) A at its own λ {a.strength.weight:g}/{a.strength.activation:g}: mean KL "
         f"{found.kl_nats:.1e} nats, same greedy token {found.greedy_agreement:.2%}"
@@ -237,18 +323,26 @@ def _random_ids(a: ModelSource, num_tokens: int) -> Tensor:
 
 
 def _text_ids(a: ModelSource, b: ModelSource, text: Path, num_tokens: int) -> Tensor:
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--text {text}: not readable as UTF-8 text ({error})") from error
+    content = _read_text(text, 16 * num_tokens)
     source = a if a.tokenizer_file is not None else b
     if source.tokenizer_file is None:
         raise CheckpointError(
             f"--text {text}: neither {a.path} nor {b.path} has a tokenizer; put its file beside "
             "one of them, or leave --text out"
         )
-    tokenizer = load_tokenizer(source.tokenizer_file, source.eod_token)
-    ids = tokenizer.encode(content[: 16 * num_tokens])[:num_tokens]
+    ids = _encoded(source, content)[:num_tokens]
     if len(ids) < 2:
         raise DataError(f"--text {text}: {len(ids)} tokens; give a file with more text")
     return torch.tensor(ids)
+
+
+def _encoded(source: ModelSource, content: str) -> list[int]:
+    assert source.tokenizer_file is not None
+    return load_tokenizer(source.tokenizer_file, source.eod_token).encode(content)
+
+
+def _read_text(text: Path, num_characters: int) -> str:
+    try:
+        return text.read_text(encoding="utf-8")[:num_characters]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--text {text}: not readable as UTF-8 text ({error})") from error

@@ -128,32 +128,49 @@ def evaluation_batches(
     dp_size: int,
     max_batches: int | None = None,
     reset_attention: bool = False,
+    stride: int | None = None,
 ) -> Iterator[EvaluationBatch]:
-    """Non-overlapping windows of a split in reading order, the last partial one included.
+    """Windows of a split in reading order, the last partial one included.
 
     Every token but the first is a target exactly once over all ranks. Every rank yields equally
     many batches (rows without a window are all padding), so collectives never wait for ever.
     `max_batches`, per rank, keeps the beginning of the split; None reads all of it.
-    Raises DataError, at the call and not at the first batch, for a split without a target.
+    `stride`: window w begins w · stride tokens in, and its targets are the last `stride` (the
+    first window's: all), so that each has at least seq_len - stride tokens before it; None:
+    seq_len, windows that do not overlap.
+    Raises DataError, at the call and not at the first batch, for a split without a target;
+    ConfigError for a stride that is not in 1 .. seq_len.
     """
     assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
+    stride = seq_len if stride is None else stride
+    if not 1 <= stride <= seq_len:
+        raise ConfigError(
+            f"a stride of {stride} leaves out targets of windows of {seq_len} tokens, or never "
+            f"moves on; use 1 to {seq_len}"
+        )
     if shard.num_tokens < 2:
         raise DataError(
             f"validation split {shard.prefix} has {shard.num_tokens} tokens, too few to "
             "predict one; prepare the corpus with a larger validation share"
         )
-    num_windows = -(-(shard.num_tokens - 1) // seq_len)
+    num_windows = 1 - (-max(0, shard.num_tokens - 1 - seq_len) // stride)
     num_batches = -(-num_windows // (batch_size * dp_size))
     if max_batches is not None:
         num_batches = min(num_batches, max_batches)
     first_windows = [(m * dp_size + dp_rank) * batch_size for m in range(num_batches)]
     return (
-        _read_windows(shard, first, batch_size, seq_len, reset_attention) for first in first_windows
+        _read_windows(shard, first, batch_size, seq_len, stride, reset_attention)
+        for first in first_windows
     )
 
 
 def _read_windows(
-    shard: TokenShard, first_window: int, batch_size: int, seq_len: int, reset_attention: bool
+    shard: TokenShard,
+    first_window: int,
+    batch_size: int,
+    seq_len: int,
+    stride: int,
+    reset_attention: bool,
 ) -> EvaluationBatch:
     B, S = batch_size, seq_len
     input_ids_BS = np.zeros((B, S), dtype=np.int64)
@@ -161,13 +178,15 @@ def _read_windows(
     document_ids_BS = np.zeros((B, S), dtype=np.int64) if reset_attention else None
     num_targets = 0
     for b in range(B):
-        start = (first_window + b) * S
+        window = first_window + b
+        start, seen = window * stride, S - stride if window else 0
         length = min(S, shard.num_tokens - 1 - start)
-        if length <= 0:
+        if length <= seen:
             break
         tokens = shard.tokens(start, start + length + 1)
-        input_ids_BS[b, :length], target_ids_BS[b, :length] = tokens[:-1], tokens[1:]
-        num_targets += length
+        input_ids_BS[b, :length] = tokens[:-1]
+        target_ids_BS[b, seen:length] = tokens[1 + seen :]
+        num_targets += length - seen
         if document_ids_BS is not None:
             document_ids_BS[b, :length] = _document_ids(shard, start, length)
             document_ids_BS[b, length:] = document_ids_BS[b, length - 1]

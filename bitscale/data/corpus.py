@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bitscale.data.shards import TokenShard
 from bitscale.data.tokenizer import Tokenizer, load_tokenizer
 from bitscale.errors import DataError
+from bitscale.names_in_files import is_plain
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "corpus.json"
@@ -175,9 +176,16 @@ def _parse_manifest(path: Path, content: str) -> Manifest:
                 f"{path} has format version {version}; this bitscale reads {FORMAT_VERSION}; "
                 "prepare the corpus again"
             )
-        return Manifest.model_validate_json(content)
+        manifest = Manifest.model_validate_json(content)
     except (ValidationError, ValueError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({str(error).splitlines()[0]}); {REMEDY}") from error
+    for name in (*manifest.files, *manifest.splits, manifest.tokenizer.file):
+        if not is_plain(name):
+            raise DataError(
+                f"{path} names {name!a}, which is not a file of its own folder; use no corpus of "
+                "unknown origin, or prepare it again"
+            )
+    return manifest
 
 
 def _check_file(path: Path, info: FileInfo, check_hash: bool) -> None:

@@ -56,7 +56,7 @@ class PipelineEngine(TrainEngine):
         self._send_tied_weight()
         forget_weights(self.module)
         grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
-        return StepResult(loss.float(), grad_norm.float())
+        return StepResult(loss.float(), grad_norm.float(), self._own_clock.take())
 
     @torch.no_grad()
     def token_losses(self, batch: EvaluationBatch) -> Tensor:

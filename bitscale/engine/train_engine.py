@@ -20,6 +20,7 @@ from bitscale.engine.ds_config import deepspeed_config
 from bitscale.engine.fragments import Fragment, is_counted_here
 from bitscale.engine.mpu import ModelParallelUnit
 from bitscale.engine.optimizers import make_optimizer
+from bitscale.engine.own_time import OwnClock, OwnTime
 from bitscale.errors import ConfigError
 from bitscale.mesh import Mesh
 from bitscale.model.bitlinear import bit_linears, forget_weights, prepare_weights, set_kernels
@@ -30,6 +31,7 @@ from bitscale.optim import decayed_and_not
 class StepResult(NamedTuple):
     loss: Tensor  # fp32 scalar: mean over this rank's sequences, not yet over ranks
     grad_norm: Tensor  # scalar: global norm before clipping, the same on every rank
+    own_time: OwnTime
 
 
 class TrainEngine:
@@ -41,6 +43,7 @@ class TrainEngine:
         self.cfg, self.mesh = cfg, mesh
         self.stage = cfg.engine.zero_stage
         self.module = model
+        self._own_clock = OwnClock(model, mesh.device)
         for parameter in model.parameters():
             # DeepSpeed's gradient norm counts these on every tensor-parallel rank, the others on
             # the first of them only.
@@ -86,8 +89,9 @@ class TrainEngine:
         """Forward and backward over this rank's micro-batches, then one update."""
         self._set_hyperparameters(lr, weight_decay)
         self._engine.train()
-        self._prepare_weights()
-        batches = list(micro_batches)
+        with self._own_clock.running():
+            self._prepare_weights()
+            batches = list(micro_batches)
         total = torch.zeros((), device=self.mesh.device)
         for micro_batch in batches:
             loss = self._engine(*self.to_device(micro_batch))
@@ -99,7 +103,7 @@ class TrainEngine:
         forget_weights(self.module)
         if grad_norm is None:
             grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
-        return StepResult(total / len(batches), grad_norm.float())
+        return StepResult(total / len(batches), grad_norm.float(), self._own_clock.take())
 
     @torch.no_grad()
     def token_losses(self, batch: EvaluationBatch) -> Tensor:

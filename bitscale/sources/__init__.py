@@ -8,6 +8,8 @@ from pathlib import Path
 from bitscale import checkpoint
 from bitscale.checkpoint.source import StateSource
 from bitscale.config import Config
+from bitscale.errors import CheckpointError
+from bitscale.names_in_files import is_plain
 from bitscale.sources.foreign import ForeignSource, Tensors
 from bitscale.sources.huggingface import is_huggingface, open_huggingface
 from bitscale.sources.megatron import is_megatron, open_megatron
@@ -21,6 +23,7 @@ __all__ = [
     "holds_training_state",
     "locate",
     "open_state",
+    "open_tensors",
 ]
 
 # Asked in this order: is it this format, and its reader.
@@ -66,12 +69,22 @@ def open_state(path: Path, cfg: Config, *, verify: tuple[int, int] = (0, 1)) -> 
     Raises CheckpointError for a damaged checkpoint, for one of another model, and for a pickle
     that holds code.
     """
-    for is_format, reader in _FORMATS:
-        if is_format(path):
-            return ForeignSource(reader(path), cfg)
+    if any(is_format(path) for is_format, _ in _FORMATS):
+        return ForeignSource(open_tensors(path), cfg)
     if is_huggingface(path):
         return ForeignSource(open_huggingface(path, cfg.data.seq_len), cfg)
     return checkpoint.Reader(path, verify=verify)
+
+
+def open_tensors(path: Path) -> Tensors:
+    """What a checkpoint with optimizer state of another program holds, under its own names.
+
+    Raises CheckpointError for a damaged one, and for a pickle that holds code.
+    """
+    readers = [reader for is_format, reader in _FORMATS if is_format(path)]
+    if not readers:
+        raise CheckpointError(f"{path}: neither DeepSpeed's nor Megatron-core's checkpoint")
+    return readers[0](path)
 
 
 def _named_by(root: Path) -> list[str]:
@@ -81,4 +94,10 @@ def _named_by(root: Path) -> list[str]:
     if megatron.is_file():
         iteration = megatron.read_text().strip()
         names.append(f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration)
+    for name in names:
+        if not is_plain(name):
+            raise CheckpointError(
+                f"{root}: its newest checkpoint is said to be {name[:60]!a}, which is not a "
+                "directory in it; name the checkpoint itself"
+            )
     return names

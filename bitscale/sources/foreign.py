@@ -7,6 +7,7 @@ are. One parameter at a time is in memory, or none where the file is mapped.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +39,10 @@ class Tensors:
     stated: Mapping[str, str]
     versions: Mapping[str, str] = field(default_factory=dict)
     world_size: int = 1
+    # The keys of `model` and `quant`, where it describes its model; else empty.
+    model: Mapping[str, Any] = field(default_factory=dict)
+    quant: Mapping[str, Any] = field(default_factory=dict)
+    dtype: Literal["bf16", "fp32"] = "bf16"  # in which it was computed
 
 
 class ForeignSource(StateSource):

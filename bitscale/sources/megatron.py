@@ -80,6 +80,8 @@ def open_megatron(path: Path) -> Tensors:
     step = _iteration(path, common)
     args = common.get("args")
     count = _adam_step(path, common) if has_moments else 0
+    stated = _stated(args, path) if isinstance(args, Inert) else {}
+    embedding = _embedding(path, shapes)
     return Tensors(
         path=path,
         format="Megatron-core torch_dist",
@@ -87,7 +89,9 @@ def open_megatron(path: Path) -> Tensors:
         read=read,
         step=step,
         adam_steps=dict.fromkeys(shapes, count) if has_moments else {},
-        stated=_stated(args, path) if isinstance(args, Inert) else {},
+        stated=stated,
+        model=_model(args, shapes[embedding][0]) if isinstance(args, Inert) else {},
+        dtype="bf16" if found.dtype(embedding) == torch.bfloat16 else "fp32",
     )
 
 
@@ -150,6 +154,16 @@ def _master_key(found: TorchDist, key: str, has_moments: bool) -> str:
 
 def _shown(found: TorchDist, key: str) -> str:
     return str(list(found.shapes[key])) if key in found.shapes else "missing"
+
+
+def _embedding(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    for key in shapes:
+        if key.endswith("word_embeddings.weight"):
+            return key
+    raise CheckpointError(
+        f"{path}: no embedding.word_embeddings.weight in it, so not of a GPTModel; use another "
+        "checkpoint"
+    )
 
 
 def _iteration(path: Path, common: Mapping[str, Any]) -> int:
@@ -225,3 +239,36 @@ def _refuse_other_models(args: Inert, path: Path) -> None:
                 f"{path}: trained with {argument}={value!r}, which this decoder does not compute "
                 f"(it has {known[0]!r}); no setting of model changes that"
             )
+    if args.get("swiglu") is False and not args.get("squared_relu"):
+        raise CheckpointError(
+            f"{path}: trained with GELU (neither swiglu nor squared_relu), which this decoder does "
+            "not compute; no setting of model changes that"
+        )
+
+
+_SIZES = {
+    "num_layers": "num_layers",
+    "d_model": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "d_ff": "ffn_hidden_size",
+    "norm_eps": "norm_epsilon",
+    "rope_theta": "rotary_base",
+}
+
+
+def _model(args: Inert, vocab_size: int) -> dict[str, Any]:
+    """The model that Megatron-LM's arguments describe; {} if they do not say its sizes."""
+    keys: dict[str, Any] = {ours: args.get(theirs) for ours, theirs in _SIZES.items()}
+    if None in keys.values():
+        return {}
+    gated = bool(args.get("swiglu")) or bool(args.get("gated_linear_unit"))
+    keys["vocab_size"] = vocab_size
+    keys["norm"] = str(args.get("normalization", "LayerNorm")).lower()
+    keys["mlp"] = ("swiglu" if args.get("swiglu") else "relu2_glu") if gated else "relu2"
+    if args.get("group_query_attention"):
+        keys["num_kv_heads"] = args.get("num_query_groups")
+    keys["qk_norm"] = bool(args.get("qk_layernorm"))
+    biases = {"add_bias_linear": True, "add_qkv_bias": "qkv"}
+    keys["bias"] = next((bias for argument, bias in biases.items() if args.get(argument)), False)
+    keys["tie_embeddings"] = not args.get("untie_embeddings_and_output_weights")
+    return keys

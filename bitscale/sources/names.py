@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bitscale.config import ModelConfig
+from bitscale.convert.megatron_names import FC1, FUSED_NORMS, INSIDE, OUTSIDE, QKV, part_of_qkv
 from bitscale.convert.names import to_huggingface
 from bitscale.errors import CheckpointError
 from bitscale.model.bitlinear import is_scale
@@ -126,53 +127,25 @@ def _place(name: str, shape: Shape, theirs: Collection[str], m: ModelConfig) -> 
 
 # --- megatron-core ---
 
-_OUTSIDE = {
-    "embed": "embedding.word_embeddings",
-    "norm": "decoder.final_layernorm",
-    "head": "output_layer",
-}
-_INSIDE = {
-    "attn_norm": "input_layernorm",
-    "attn.o": "self_attention.linear_proj",
-    "attn.q_norm": "self_attention.q_layernorm",
-    "attn.k_norm": "self_attention.k_layernorm",
-    "mlp_norm": "pre_mlp_layernorm",
-    "mlp.down": "mlp.linear_fc2",
-}
-# Transformer Engine's layer spec keeps a norm in the linear layer that it feeds.
-_FUSED_NORMS = {
-    "attn_norm": "self_attention.linear_qkv.layer_norm",
-    "mlp_norm": "mlp.linear_fc1.layer_norm",
-}
-
 
 def _in_megatron(name: str, shape: Shape, theirs: Collection[str], m: ModelConfig) -> Place:
     module, _, parameter = name.rpartition(".")
     block = re.match(r"layers\.(\d+)\.(.+)", module)
     if block is None:
-        return Place(f"{_OUTSIDE.get(module, module)}.{parameter}", shape)
+        return Place(f"{OUTSIDE.get(module, module)}.{parameter}", shape)
     layer, role = f"decoder.layers.{block[1]}", block[2]
     if role in ("attn.q", "attn.k", "attn.v"):
         kv_heads = m.num_kv_heads or m.num_heads
         head_width = m.d_model // m.num_heads
         rows = (m.num_heads + 2 * kv_heads) * head_width
-        take = partial(_of_qkv, role=role[-1], kv_heads=kv_heads, head_width=head_width)
-        return Place(f"{layer}.self_attention.linear_qkv.{parameter}", (rows, *shape[1:]), take)
+        take = partial(part_of_qkv, role=role[-1], kv_heads=kv_heads, head_width=head_width)
+        return Place(f"{layer}.{QKV}.{parameter}", (rows, *shape[1:]), take)
     if role in ("mlp.gate", "mlp.up"):
-        return _of_fc1(f"{layer}.mlp.linear_fc1.{parameter}", role, shape, theirs, m)
-    fused = f"{layer}.{_FUSED_NORMS.get(role, '')}_{parameter}"
-    if role in _FUSED_NORMS and fused in theirs:
+        return _of_fc1(f"{layer}.{FC1}.{parameter}", role, shape, theirs, m)
+    fused = f"{layer}.{FUSED_NORMS.get(role, '')}_{parameter}"
+    if role in FUSED_NORMS and fused in theirs:
         return Place(fused, shape)
-    return Place(f"{layer}.{_INSIDE.get(role, role)}.{parameter}", shape)
-
-
-def _of_qkv(fused: Tensor, *, role: str, kv_heads: int, head_width: int) -> Tensor:
-    """Rows of the queries, keys or values of a linear_qkv: q ... q k v of each key/value head."""
-    groups = fused.view(kv_heads, -1, *fused.shape[1:])
-    num_queries = groups.shape[1] - 2 * head_width
-    start = {"q": 0, "k": num_queries, "v": num_queries + head_width}[role]
-    size = num_queries if role == "q" else head_width
-    return groups[:, start : start + size].flatten(0, 1)
+    return Place(f"{layer}.{INSIDE.get(role, role)}.{parameter}", shape)
 
 
 def _of_fc1(tensor: str, role: str, shape: Shape, theirs: Collection[str], m: ModelConfig) -> Place:

@@ -146,7 +146,7 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
         if name in _METADATA_CLASSES.get(module, ()):
-            return getattr(__import__(module, fromlist=[name]), name)
+            return super().find_class(module, name)
         if full in ("torch.Size", "collections.OrderedDict"):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

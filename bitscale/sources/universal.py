@@ -17,9 +17,10 @@ from typing import Any
 from torch import Tensor
 
 from bitscale.errors import CheckpointError
+from bitscale.names_in_files import is_plain
 from bitscale.sources.foreign import Shape, Tensors
 from bitscale.sources.pickles import load_tensors
-from bitscale.sources.zero import HARMLESS, stated_by_deepspeed
+from bitscale.sources.zero import HARMLESS, as_deepspeed_says
 
 _FILES = {"master": "fp32.pt", "exp_avg": "exp_avg.pt", "exp_avg_sq": "exp_avg_sq.pt"}
 
@@ -54,6 +55,11 @@ def open_universal(path: Path) -> Tensors:
             for group in model["param_shapes"]:
                 shapes |= {name: tuple(shape) for name, shape in group.items()}
         for name in shapes:
+            if not is_plain(name):
+                raise CheckpointError(
+                    f"{path}: names a parameter {name!a}, which leads out of the checkpoint; do "
+                    "not use a checkpoint of unknown origin"
+                )
             shapes[name] = _shape(path, name, shapes[name])
         step = int(models[0]["global_steps"])
     except (KeyError, TypeError, AttributeError) as error:
@@ -61,17 +67,17 @@ def open_universal(path: Path) -> Tensors:
             f"{path}: not laid out as DeepSpeed 0.19 writes universal checkpoints ({error!r}); "
             "convert again with this version's ds_to_universal.py"
         ) from error
-    return Tensors(
+    found = Tensors(
         path=path,
         format="DeepSpeed universal",
         shapes=shapes,
         read=read,
         step=step,
         adam_steps=_adam_steps(path, shapes),
-        stated=stated_by_deepspeed(models[0]),
-        versions={"deepspeed": str(models[0].get("ds_version"))},
+        stated={},
         world_size=len(models),
     )
+    return as_deepspeed_says(found, models[0])
 
 
 def _shape(path: Path, name: str, here: Shape) -> Shape:

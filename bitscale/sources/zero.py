@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,20 +83,35 @@ def open_zero(path: Path) -> Tensors:
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole.view(shapes[name])
 
-    return Tensors(
+    found = Tensors(
         path=path,
         format=f"DeepSpeed ZeRO-{stage}",
         shapes=shapes,
         read=read,
         step=int(model["global_steps"]),
         adam_steps=adam_steps,
-        stated=stated_by_deepspeed(model),
-        versions={"deepspeed": str(model.get("ds_version"))},
+        stated={},
         world_size=len(files),
+    )
+    return as_deepspeed_says(found, model)
+
+
+def as_deepspeed_says(tensors: Tensors, model: Mapping[str, Any]) -> Tensors:
+    """`tensors` with what a model_states file, `model`, says of the run."""
+    stated = _stated(model)
+    described = _section(stated, "model")
+    bf16 = (model.get("ds_config") or {}).get("bf16") or {}
+    return replace(
+        tensors,
+        stated=stated,
+        versions={"deepspeed": str(model.get("ds_version"))},
+        model=described if described.keys() >= set(_NEEDED) else {},
+        quant=_section(stated, "quant"),
+        dtype="bf16" if bf16.get("enabled") else "fp32",
     )
 
 
-def stated_by_deepspeed(model: Mapping[str, Any]) -> dict[str, str]:
+def _stated(model: Mapping[str, Any]) -> dict[str, str]:
     """What a model_states file says of the run: DeepSpeed's configuration, and in the client
     state `seq_length` and `identity` (a dict as in our own meta.json)."""
     stated = {}
@@ -110,6 +126,19 @@ def stated_by_deepspeed(model: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(identity, dict):
         stated |= {str(key): str(value) for key, value in identity.items()}
     return stated
+
+
+_NEEDED = ("num_layers", "d_model", "num_heads", "d_ff")
+
+
+def _section(stated: Mapping[str, str], section: str) -> dict[str, Any]:
+    """The keys of a section that the stated identity has, such as {"d_model": 64}."""
+    prefix = f"{section}."
+    keys = {key.removeprefix(prefix): v for key, v in stated.items() if key.startswith(prefix)}
+    try:
+        return {key: json.loads(value) for key, value in keys.items()}
+    except ValueError:
+        return {}
 
 
 def _optimizer_files(path: Path) -> list[Path]:

@@ -195,7 +195,11 @@ TOLERANCES = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    # Its parts are in pp2-tp2-sp and in the other runs in bf16.
+    [pytest.param(n, marks=pytest.mark.slow) if n == "pp2-tp2-bf16" else n for n in RUNS],
+)
 def test_the_run_is_that_without_a_pipeline(
     name: str, world_of: World_of, corpus_prefix: Path
 ) -> None:
@@ -315,7 +319,7 @@ def restore_all(
         assert loss == pytest.approx(next_loss, abs=2e-6), folder
 
 
-@pytest.mark.parametrize("kind", SAVING)
+@pytest.mark.parametrize("kind", ["tied", pytest.param("untied", marks=pytest.mark.slow)])
 def test_checkpoints_between_layouts(
     world_of: World_of, tmp_path: Path, corpus_prefix: Path, kind: str
 ) -> None:

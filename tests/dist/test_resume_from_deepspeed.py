@@ -34,6 +34,7 @@ from bitscale.errors import CheckpointError
 from bitscale.mesh import Mesh
 from bitscale.model.decoder import Decoder
 from bitscale.sources import ForeignSource, locate, open_state
+from bitscale.sources.as_model import open_model
 
 pytestmark = pytest.mark.dist
 
@@ -269,6 +270,19 @@ def test_universal_checkpoints_go_on(
     offs = world_of(1).run(resume_converted, root, runs, corpus_prefix)[0]
     for case, off in offs.items():
         assert off <= bound(case), f"{case}: {off}"
+
+
+def test_they_are_models_to_convert(
+    world_of: Callable[[int], World], saved: tuple[Path, dict[Case, Saved]]
+) -> None:
+    root, runs = saved
+    folders = {root / case.folder: case for case in CASES}
+    for path, case in folders.items():
+        source = open_model(path, config_of(case))
+        assert (source.kind, source.dtype, source.step) == ("deepspeed", case.dtype, STEPS)
+        assert source.shapes.keys() == runs[case].state.keys()
+        for name, (master, *_) in runs[case].state.items():
+            assert torch.equal(source.latent(name).flatten(), master.flatten()), name
 
 
 # --- Damage and refusals, on copies of what DeepSpeed wrote ---

@@ -75,7 +75,12 @@ def alone(corpus_prefix: Path) -> Curve:
     return reference(layout_config(ONE), corpus_prefix)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.folder)
+@pytest.mark.parametrize(
+    "layout",
+    # Two ranks a key/value head are in test_parallel_decoder.py, too.
+    [pytest.param(x, marks=pytest.mark.slow) if x.tp == 4 else x for x in LAYOUTS],
+    ids=lambda layout: layout.folder,
+)
 def test_losses_and_states_are_those_of_one_process(
     layout: Layout, alone: Curve, world_of: World_of, corpus_prefix: Path
 ) -> None:

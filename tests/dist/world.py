@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ from bitscale.mesh import Mesh, close_mesh, init_mesh
 
 START_SECONDS = 120.0
 GRACE_SECONDS = 3.0  # for the other ranks' reports, once one has failed
+# Of one rank. DeepSpeed's engines are never freed (hooks of gradients hold them), nor the groups
+# that they were given; a group has three threads, one of which wakes up 100 times a second. With
+# hundreds of them half of the machine's time goes into waking; new ranks cost seconds.
+MAX_THREADS = 80
 
 
 class RankFailure(AssertionError):
@@ -84,12 +89,14 @@ class World:
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         waiting = dict(zip(self._pipes, range(self.size), strict=True))
+        most_threads = 0
         while waiting and (remaining := deadline - time.monotonic()) > 0:
             for pipe in wait(list(waiting), timeout=remaining):
                 assert isinstance(pipe, Connection)
                 rank = waiting.pop(pipe)
                 try:
-                    succeeded, result = pickle.loads(pipe.recv_bytes())
+                    succeeded, result, num_threads = pickle.loads(pipe.recv_bytes())
+                    most_threads = max(most_threads, num_threads)
                 except (EOFError, OSError):
                     self._processes[rank].join(GRACE_SECONDS)
                     succeeded = False
@@ -101,6 +108,8 @@ class World:
                 if not succeeded:
                     failures[rank] = result
         if not failures and not waiting:
+            if most_threads > MAX_THREADS:
+                self.close()  # the next check finds new ranks
             return [results[rank] for rank in range(self.size)]
         for rank in waiting.values():
             late = f"after {seconds:g} s" if not failures else "when another rank failed"
@@ -165,9 +174,10 @@ def _destroy_groups_beside(kept: set[Any]) -> None:
 
 
 def _report(pipe: Connection, function: Callable[..., Any], *args: Any) -> None:
-    """Send (True, result) or (False, traceback)."""
+    """Send (True, result, threads) or (False, traceback, threads)."""
+    num_threads = len(list(Path("/proc/self/task").iterdir()))
     try:
-        message = pickle.dumps((True, function(*args)))
+        message = pickle.dumps((True, function(*args), num_threads))
     except BaseException:  # pytest's outcomes and SystemExit too: a rank never goes silently
-        message = pickle.dumps((False, traceback.format_exc()))
+        message = pickle.dumps((False, traceback.format_exc(), num_threads))
     pipe.send_bytes(message)

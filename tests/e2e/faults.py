@@ -33,6 +33,7 @@ from ambush import (
 
 from bitscale.checkpoint import Reader, latest_checkpoint
 from bitscale.checkpoint.write import write_safetensors
+from bitscale.heartbeat import RANKS_DIR
 from kill_points import wait_for_step
 from preloaded import Session
 from runs import checkpoint_dirs, differences, events
@@ -230,11 +231,11 @@ def refused_until(
 
 
 def _tree(run_dir: Path) -> dict[str, str]:
-    """Every file and its digest, but the lock's text."""
+    """Every file and its digest, but the lock's text and the ranks' heartbeats."""
     return {
         str(path.relative_to(run_dir)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(run_dir.rglob("*"))
-        if path.is_file() and path.name != "run.lock"
+        if path.is_file() and path.name != "run.lock" and path.parent.name != RANKS_DIR
     }
 
 

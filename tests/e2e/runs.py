@@ -113,6 +113,14 @@ def train(launcher: str, *arguments: object) -> subprocess.CompletedProcess[str]
     return done
 
 
+def evaluate(model: Path, out: Path) -> dict[str, Any]:
+    """What `bitscale eval` finds on the validation split; it is written to the file `out`."""
+    assert main(["eval", str(model), "--out", str(out)]) == 0
+    (figures,) = json.loads(out.read_text())["models"]
+    held_out: dict[str, Any] = figures["held_out"]
+    return held_out | {"step": figures["step"]}
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -202,5 +210,6 @@ def _meta(checkpoint: Path) -> dict[str, Any]:
     """meta.json without the keys in which copies of a run may differ."""
     meta: dict[str, Any] = json.loads((checkpoint / "meta.json").read_text())
     del meta["config"]["run"], meta["config"]["log"]
+    meta["config"].pop("watch", None)
     meta["config"]["train"].pop("stop_step", None)
     return meta

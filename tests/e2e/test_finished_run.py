@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bitscale.checkpoint import Reader
 from bitscale.cli.main import main
+from bitscale.heartbeat import RANKS_DIR
 from bitscale.quant.pack import unpack_2bit
 from bitscale.run_lock import LOCK_NAME
 from runs import (
@@ -18,6 +19,7 @@ from runs import (
     NUM_STEPS,
     checkpoint_dirs,
     differences,
+    evaluate,
     events,
     metrics,
     train,
@@ -73,7 +75,7 @@ def test_fork_with_sub_norm_from_the_transition_on(
     message = capsys.readouterr().err
     assert 'optim.name is "lion" here and "adamw" in' in message
     assert "--allow-change optim.name" in message
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {LOCK_NAME}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {LOCK_NAME, RANKS_DIR}
 
     train("plain", *arguments, *fork)
     lines, trunk_lines = metrics(tmp_path / "run", "train"), metrics(finished_run, "train")
@@ -87,7 +89,7 @@ def test_fork_with_sub_norm_from_the_transition_on(
     assert len(norms) == 4 and not any(weight.eq(1).any() for weight in norms.values())
     # The packed model has them, and its head of 8 bits, at λ = 1.
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "packed")]) == 0
-    mine, its = _eval(tmp_path / "packed", tmp_path), _eval(tmp_path / "run", tmp_path)
+    mine, its = (evaluate(tmp_path / name, tmp_path / "eval.json") for name in ("packed", "run"))
     assert mine["loss"] == its["loss"]
 
 
@@ -177,8 +179,7 @@ def test_packed_export_is_the_checkpoint(
     run_dir: Path = request.getfixturevalue(name)
     packed = tmp_path / "packed"
     assert main(["export", str(run_dir), str(packed)]) == 0
-    mine, its = _eval(packed, tmp_path), _eval(run_dir, tmp_path)
-    assert mine.pop("model") != its.pop("model")
+    mine, its = (evaluate(model, tmp_path / "eval.json") for model in (packed, run_dir))
     assert mine == its
     if name == "forked_run":  # it evaluates on all of the split: the same figure, batched otherwise
         last = metrics(run_dir, "valid")[-1]["loss"]
@@ -199,10 +200,3 @@ def test_packed_export_is_the_checkpoint(
         assert torch.equal(tensors[f"{parameter}_scale"], scale), parameter
         assert torch.equal(unpack_2bit(tensors[parameter]).float(), codes_FD), parameter
     assert num_ternary == 2 * 7  # q, k, v, output, gate, up, down
-
-
-def _eval(model: Path, tmp_path: Path) -> dict[str, object]:
-    out = tmp_path / "eval.json"
-    assert main(["eval", str(model), "--json", str(out)]) == 0
-    figures: dict[str, object] = json.loads(out.read_text())
-    return figures

@@ -1,12 +1,11 @@
 """A published model as the trunk of a run: Hugging Face directory -> checkpoint -> training."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from bitscale.cli.main import main
-from runs import checkpoint_dirs, metrics, train
+from runs import checkpoint_dirs, evaluate, metrics, train
 
 pytestmark = pytest.mark.e2e
 
@@ -24,11 +23,8 @@ def test_training_goes_on_from_a_hugging_face_directory(
     assert main(["export", str(trunk), str(hf), "--format", "hf"]) == 0
     assert main(["import", str(hf), str(imported), "--config", str(config_file)]) == 0
     assert "llama, 16- or 32-bit weights" in capsys.readouterr().out
-    figures = []
-    for model in (trunk, imported):
-        assert main(["eval", str(model), "--json", str(tmp_path / "eval.json")]) == 0
-        figures.append(json.loads((tmp_path / "eval.json").read_text())["loss"])
-    assert figures[0] == figures[1]
+    losses = [evaluate(model, tmp_path / "eval.json")["loss"] for model in (trunk, imported)]
+    assert losses[0] == losses[1]
 
     run_dir = tmp_path / "run"
     overrides = ["transition.at.step=2", "transition.ramp={shape: none, over: {steps: 0}}"]

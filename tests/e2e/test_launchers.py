@@ -75,7 +75,7 @@ def test_world_size_that_does_not_fit_is_told_once(config_file: Path, tmp_path: 
 
 
 def test_scripts_say_how_they_are_used() -> None:
-    for script in ("local.sh", "torchrun.sh", "multinode.sh"):
+    for script in ("local.sh", "torchrun.sh", "multinode.sh", "mpi.sh"):
         done = execute([str(LAUNCH / script)])
         assert done.returncode != 0
         assert f"launch/{script}" in done.stderr and "CONFIG" in done.stderr, done.stderr

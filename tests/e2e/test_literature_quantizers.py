@@ -1,6 +1,5 @@
 """paretoq and sherry as whole runs, forked from the 16-bit trunk of another quantizer."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from runs import (
     NUM_STEPS,
     TRANSITION_STEP,
     differences,
+    evaluate,
     execute,
     metrics,
     train,
@@ -30,13 +30,6 @@ def fork(config_file: Path, trunk_run: Path, run_dir: Path, *overrides: str) -> 
         *("plain", config_file, f"run.dir={run_dir}", KEEP_ALL, "train.eval_batches=0"),
         *(*overrides, "--resume", trunk, "--allow-change", "quant"),
     )
-
-
-def evaluate(model: Path, out: Path) -> dict[str, object]:
-    assert main(["eval", str(model), "--split", "valid", "--json", str(out)]) == 0
-    figures: dict[str, object] = json.loads(out.read_text())
-    del figures["model"]
-    return figures
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from bitscale.cli.main import main
+from runs import evaluate
 
 pytestmark = pytest.mark.e2e
 
@@ -24,9 +25,7 @@ def test_at_full_strength_it_is_the_evaluation(
 ) -> None:
     out = tmp_path / "probe"
     figures = probe(finished_run, out, "--layers", "none", "--max-tokens", "0")
-    result = tmp_path / "eval.json"
-    assert main(["eval", str(finished_run), "--json", str(result)]) == 0
-    evaluated = json.loads(result.read_text())
+    evaluated = evaluate(finished_run, tmp_path / "eval.json")
     ternary = figures["loss"] + figures["curves"]["both"][-1]["rise"]
     assert ternary == pytest.approx(evaluated["loss"], rel=1e-6)
     assert figures["num_tokens"] == evaluated["num_tokens"]

@@ -431,6 +431,44 @@ def test_evaluation_covers_each_target_once_in_equally_many_batches(
     assert any(batches[-1].num_targets for batches in per_rank)  # no batch is padding everywhere
 
 
+@given(
+    num_tokens=st.integers(2, 120),
+    seq_len=st.integers(1, 20),
+    batch_size=st.integers(1, 4),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=50)
+def test_with_a_stride_each_target_comes_once_with_at_least_the_overlap_before_it(
+    num_tokens: int, seq_len: int, batch_size: int, data: st.DataObject
+) -> None:
+    stride = data.draw(st.integers(1, seq_len))
+    shard = make_shard([num_tokens])
+    found = []
+    for rank in range(2):
+        for batch in evaluation_batches(
+            shard, seq_len=seq_len, batch_size=batch_size, dp_rank=rank, dp_size=2, stride=stride
+        ):
+            assert batch.num_targets == (batch.target_ids_BS != IGNORE_ID).sum()
+            for inputs_S, targets_S in zip(batch.input_ids_BS, batch.target_ids_BS, strict=True):
+                positions = (targets_S != IGNORE_ID).nonzero().flatten().tolist()
+                for position in positions:
+                    target = int(targets_S[position])
+                    # Tokens are 0, 1, 2, ...: the context is what comes right before the target.
+                    context = list(range(target - position - 1, target))
+                    assert inputs_S[: position + 1].tolist() == context
+                    assert position >= min(seq_len - stride, target - 1)
+                    found.append(target)
+    assert sorted(found) == list(range(1, num_tokens))
+
+
+@pytest.mark.parametrize("stride", [0, 9])
+def test_a_stride_that_leaves_out_targets_is_refused(stride: int) -> None:
+    with pytest.raises(ConfigError, match=rf"a stride of {stride} leaves out .*; use 1 to 8"):
+        evaluation_batches(
+            make_shard([20]), seq_len=8, batch_size=1, dp_rank=0, dp_size=1, stride=stride
+        )
+
+
 def test_max_batches_keeps_the_beginning_of_the_split() -> None:
     shard = make_shard([100])
     found = []

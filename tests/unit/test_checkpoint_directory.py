@@ -112,19 +112,22 @@ def test_leftovers_of_killed_saves_are_ignored_and_cleaned(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keep_last", "keep_every", "kept"),
+    ("keep_last", "keep_every", "keep_at", "kept"),
     [
-        (1, 0, [60]),
-        (2, 0, [50, 60]),
-        (1, 20, [20, 40, 60]),
-        (2, 30, [30, 50, 60]),
-        (9, 0, [10, 20, 30, 40, 50, 60]),
+        (1, 0, (), [60]),
+        (2, 0, (), [50, 60]),
+        (1, 20, (), [20, 40, 60]),
+        (2, 30, (), [30, 50, 60]),
+        (9, 0, (), [10, 20, 30, 40, 50, 60]),
+        (1, 30, (10, 20, 25), [10, 20, 30, 60]),
     ],
 )
-def test_prune(root: Path, keep_last: int, keep_every: int, kept: list[int]) -> None:
+def test_prune(
+    root: Path, keep_last: int, keep_every: int, keep_at: tuple[int, ...], kept: list[int]
+) -> None:
     for step in range(10, 70, 10):
         save(root, step)
-    checkpoint.prune(root, keep_last, keep_every)
+    checkpoint.prune(root, keep_last, keep_every, keep_at)
     assert names(checkpoint.list_checkpoints(root)) == [f"step-{step:08d}" for step in kept]
     assert checkpoint.latest_checkpoint(root) == root / "step-00000060"
 

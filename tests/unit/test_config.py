@@ -32,7 +32,9 @@ from bitscale.errors import ConfigError
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[2]
-CONFIG_FILES = sorted((ROOT / "configs").glob("*.yaml"))  # configs/shared holds parts of them
+CONFIG_FILES = sorted(
+    [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs/recipes").glob("*.yaml")]
+)  # configs/shared holds parts of them
 MakeConfig = Callable[..., Config]
 
 
@@ -221,7 +223,7 @@ def replaced(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 
 def test_hash_changes_with_every_key_that_can_change_results(make_config: MakeConfig) -> None:
-    """And with no other: where a run is written, how often it logs and saves, where it pauses."""
+    """And with no other: where it is written, how often it logs and saves, who watches."""
     tree = to_tree(make_config(*FULL[:4], "train.stop_step=50"))
     before = config_hash(parse_config(tree, where="tree"))
     ignored, seen = set(), 0
@@ -239,12 +241,11 @@ def test_hash_changes_with_every_key_that_can_change_results(make_config: MakeCo
         if config_hash(after) == before:
             ignored.add(key)
     assert seen > 60
-    assert {key for key in ignored if key.split(".")[0] not in ("run", "log", "checkpoint")} == {
-        "train.stop_step"
-    }
-    assert {key.split(".")[0] for key in ignored} == {"run", "log", "checkpoint", "train"}
-    free = [p for p, _ in leaves(tree) if p[0] in ("run", "log", "checkpoint")]
-    assert len(ignored) == len(free) + 1
+    free = ("run", "log", "checkpoint", "watch")
+    assert {key for key in ignored if key.split(".")[0] not in free} == {"train.stop_step"}
+    assert {key.split(".")[0] for key in ignored} == {*free, "train"}
+    paths = [path for path, _ in leaves(tree) if path[0] in free]
+    assert len(ignored) == len(paths) + 1
 
 
 # --- Derived values ---
@@ -281,7 +282,7 @@ def test_session_end_and_kv_heads(make_config: MakeConfig) -> None:
 STATED = re.compile(r"^# parameters: ([\d.]+)([KMBT])(?: with the vocabulary of ([\d,]+))?$", re.M)
 
 
-@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda p: f"{p.parent.stem}/{p.stem}")
 def test_committed_configuration(
     path: Path, count_parameters: Callable[[ModelConfig, int], int]
 ) -> None:
@@ -301,6 +302,19 @@ def test_every_size_states_its_parameters() -> None:
     stating = {path.stem for path in CONFIG_FILES if STATED.search(path.read_text())}
     assert stating >= {"debug", "tiny-1m", "small-10m", "125m", "350m", "olmo-1b", "3b", "7b"}
     assert stating >= {"13b", "70b"}
+
+
+def test_every_recipe_says_what_is_verbatim_and_what_is_ours() -> None:
+    recipes = [path for path in CONFIG_FILES if path.parent.name == "recipes"]
+    assert {path.stem for path in recipes} >= {
+        *("continual-qat", "continual-qat-small", "reloaded-lm", "trilm", "bitnet-2b4t"),
+        *("falcon-edge", "paretoq-split"),
+    }
+    described = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    for path in recipes:
+        head = path.read_text(encoding="utf-8").split("\nbase:")[0]
+        assert all(word in head for word in ("Verbatim:", "Our choice:")), path.stem
+        assert f"`{path.stem}`" in described, path.stem
 
 
 def test_reference_of_keys_is_up_to_date() -> None:

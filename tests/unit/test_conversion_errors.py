@@ -171,18 +171,6 @@ BAD_LATENTS: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_LATENTS)
-def test_bad_directories(case: str, ternary: Path, tmp_path: Path, capsys: Capture) -> None:
-    model = tmp_path / "model"
-    export(open_source(ternary), model, "hf", ExportOptions(dtype="fp32"))
-    change, message = BAD_LATENTS[case]
-    change(model)
-    error = refused(capsys, "import", model, tmp_path / "out")
-    assert message in error, error
-    assert list(tmp_path.iterdir()) == [model]
-    assert not Path("/tmp/bitscale-pickle-ran-code").exists()
-
-
 def inverted(content: dict[str, Any]) -> None:
     for name in content:
         if name.endswith("_scale"):
@@ -233,15 +221,27 @@ BAD_PACKED: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_PACKED)
-def test_bad_packed_directories(case: str, ternary: Path, tmp_path: Path, capsys: Capture) -> None:
+EXPORTED = {
+    "hf": (ExportOptions(dtype="fp32"), BAD_LATENTS),
+    "hf-bitnet": (ExportOptions(linear="autobitlinear"), BAD_PACKED),
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "case"), [(target, case) for target, (_, bad) in EXPORTED.items() for case in bad]
+)
+def test_bad_directories(
+    target: str, case: str, ternary: Path, tmp_path: Path, capsys: Capture
+) -> None:
     model = tmp_path / "model"
-    export(open_source(ternary), model, "hf-bitnet", ExportOptions(linear="autobitlinear"))
-    change, message = BAD_PACKED[case]
+    options, bad = EXPORTED[target]
+    export(open_source(ternary), model, target, options)
+    change, message = bad[case]
     change(model)
     error = refused(capsys, "import", model, tmp_path / "out")
     assert message in error, error
     assert list(tmp_path.iterdir()) == [model]
+    assert not Path("/tmp/bitscale-pickle-ran-code").exists()
 
 
 def test_scale_convention_can_be_named(ternary: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -317,6 +317,32 @@ EXPORTS: dict[str, tuple[str, list[str], str]] = {
         "train.dtype=fp32",
         ["--format", "packed", "--linear", "bitlinear"],
         "--linear bitlinear means nothing to --format packed, only to hf-bitnet; leave it out",
+    ),
+    "megatron: SubLN": (
+        "model.sub_norm=true",
+        ["--format", "megatron"],
+        "megatron-core's GPTModel has no model.sub_norm=True; --format hf and gguf may hold it, "
+        "and --format packed and compact hold any shape",
+    ),
+    "megatron: LayerNorm": (
+        "model.norm=layernorm model.norm_affine=false",
+        ["--format", "megatron"],
+        "has no model.norm='layernorm' (its LayerNorm has a bias); --format hf may hold it",
+    ),
+    "megatron: norms after the blocks": (
+        "model.post_norm=true model.qk_norm=width",
+        ["--format", "megatron"],
+        "megatron-core's GPTModel has no model.post_norm=true; --format hf may hold it",
+    ),
+    "megatron: biases of attention only": (
+        "model.bias=attention",
+        ["--format", "megatron"],
+        "megatron-core's GPTModel has no model.bias='attention'; --format hf and gguf may hold it",
+    ),
+    "megatron: RoPE scaling": (
+        "model.rope_scaling.type=linear model.rope_scaling.factor=2.0",
+        ["--format", "megatron"],
+        "GPTModel has no model.rope_scaling, whose frequencies are arguments of the program;",
     ),
     "unknown preset": (
         "train.dtype=fp32",

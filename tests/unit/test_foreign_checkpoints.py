@@ -18,7 +18,6 @@ from torch import Tensor
 
 from bitscale import run
 from bitscale.checkpoint import Reader
-from bitscale.cli.main import main
 from bitscale.config import Config
 from bitscale.convert.model_source import parameter_shapes
 from bitscale.convert.names import to_huggingface
@@ -408,15 +407,3 @@ def test_an_imported_state_is_the_source_to_the_bit(
             assert want.any() and torch.equal(reader.read(name, kind, 0, want.numel()), want)
     with pytest.raises(CheckpointError, match=r"out already exists"):
         import_state(source, cfg, tmp_path / "out", OURS, {})
-
-
-def test_import_of_a_state_needs_the_runs_configuration(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = megatron_directory(tmp_path / "iter_0000003", {})
-    assert main(["import", str(path), str(tmp_path / "out")]) == 2
-    assert (
-        f"{path} does not describe its model and data; name the configuration of the run that "
-        "goes on from it with --config FILE"
-    ) in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()

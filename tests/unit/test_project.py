@@ -74,7 +74,7 @@ def test_scripts_parse_and_are_executable(script: Path) -> None:
     assert os.access(script, os.X_OK), f"chmod +x {script}"
 
 
-@pytest.mark.parametrize("name", ["local.sh", "torchrun.sh", "multinode.sh"])
+@pytest.mark.parametrize("name", ["local.sh", "torchrun.sh", "multinode.sh", "mpi.sh"])
 def test_launchers_state_their_usage(name: str) -> None:
     code, stderr = run_script(f"launch/{name}", "2")
     assert code != 0

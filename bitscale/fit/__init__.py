@@ -1,0 +1,1 @@
+"""Laws fitted to a table of results, with intervals; paired comparisons; recommendations."""

@@ -1,0 +1,151 @@
+"""What is left to do, in which order, and what follows when a run has ended.
+
+Pure bookkeeping over the plan and the disk; back ends (local.py, slurm.py, commands.py) ask it for
+tasks and tell it how they ended.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from bitscale.config import num_steps, tokens_per_step, transition_step
+from bitscale.config import to_tree as config_tree
+from bitscale.sweep import store as disk
+from bitscale.sweep.store import DIVERGED, Store
+from bitscale.sweep.trunks import Run, run_config
+from bitscale.sweep.worker import FAULT, OK, STOPPED, Task
+
+MAX_ATTEMPTS = 2
+
+
+class Schedule:
+    """The runs of a plan: waiting, running, done, failed."""
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        store: Store,
+        provenance: dict[str, Any],
+        launcher: Sequence[str] = (),
+    ) -> None:
+        self.store = store
+        self.runs = {run.key: run for run in runs}
+        self._provenance, self._launcher = provenance, tuple(launcher)
+        self._attempts: dict[str, int] = {}
+        self.failed: dict[str, list[str]] = {}  # run -> the last lines of its log
+        self.running: set[str] = set()
+        self.done = {run.key for run in runs if self._is_done(run)}
+        for run in runs:
+            self._prune(run)
+
+    def _is_done(self, run: Run) -> bool:
+        """Whether nothing remains to be trained: it has ended, and whoever begins at it can."""
+        reaches_end = run.last_step == num_steps(run.cfg)
+        if reaches_end and not disk.adopt_finished(self.store, run, self._provenance):
+            return False
+        return not disk.missing_saves(self.store, run, self._needed(run))
+
+    def _needed(self, run: Run) -> set[int]:
+        """Steps of `run` at which others have yet to begin."""
+        return {
+            other.fork.step
+            for other in self.runs.values()
+            if other.fork is not None and other.fork.trunk == run.key and self._waits(other)
+        }
+
+    def _waits(self, run: Run) -> bool:
+        """Whether it has neither finished nor saved anything of its own to go on from."""
+        done = disk.adopt_finished(self.store, run, self._provenance)
+        return not done and not self._has_own(run)
+
+    def remaining(self) -> list[Run]:
+        """Runs that are to be done and can be: without failed ones and what hangs on them."""
+        return [
+            run
+            for run in self.runs.values()
+            if run.key not in self.done and run.key not in self.failed and not self._blocked(run)
+        ]
+
+    def _blocked(self, run: Run) -> bool:
+        fork = run.fork
+        return (
+            fork is not None and fork.trunk in self.failed and not self.store.has_checkpoint(*fork)
+        )
+
+    def blocked(self) -> list[Run]:
+        return [
+            run for run in self.runs.values() if run.key not in self.done and self._blocked(run)
+        ]
+
+    def next_run(self) -> Run | None:
+        """The next run that can begin now: its trunk has saved where it begins."""
+        for run in self.remaining():
+            if run.key in self.running:
+                continue
+            if run.fork is None or self.store.has_checkpoint(*run.fork) or self._has_own(run):
+                return run
+        return None
+
+    def _has_own(self, run: Run) -> bool:
+        return any((self.store.run_dir(run.key) / "checkpoints").glob("step-*/meta.json"))
+
+    def begin(self, run: Run) -> Task:
+        """The task that trains `run` from where it is; from now on it is running."""
+        self.running.add(run.key)
+        self._attempts[run.key] = self._attempts.get(run.key, 0) + 1
+        trunk = None if run.fork is None else self.runs[run.fork.trunk]
+        start = disk.prepare_start(self.store, run, self._needed(run), trunk)
+        directory = str(self.store.run_dir(run.key))
+        return Task(
+            run.key,
+            config_tree(run_config(run, directory)),
+            directory,
+            start.resume,
+            start.allow_change,
+            self._launcher,
+            self._provenance,
+            run.last_step == num_steps(run.cfg),
+        )
+
+    def end(self, run: Run, code: int) -> str:
+        """Take note of the exit code. Returns finished, diverged, stopped, retry or failed."""
+        self.running.discard(run.key)
+        if code == STOPPED:
+            return "stopped"
+        if code == FAULT:
+            self._diverge_forks(run)
+        if code in (OK, FAULT) and self._is_done(run):
+            self.done.add(run.key)
+            self._prune(run)
+            if run.fork is not None:
+                self._prune(self.runs[run.fork.trunk])
+            return "diverged" if code == FAULT else "finished"
+        if self._attempts[run.key] < MAX_ATTEMPTS:
+            return "retry"
+        self.failed[run.key] = self.store.log_tail(run.key)
+        return "failed"
+
+    def _diverge_forks(self, trunk: Run) -> None:
+        """What was to begin after the fault would have met it, too."""
+        for run in self.runs.values():
+            fork = run.fork
+            if fork is None or fork.trunk != trunk.key or self.store.has_checkpoint(*fork):
+                continue
+            if not self._has_own(run):
+                message = f"its trunk {trunk.key} diverged before step {fork.step}"
+                content = {"status": DIVERGED, "message": message, **self._provenance}
+                self.store.finish(run.key, content)
+                self.done.add(run.key)
+
+    def _prune(self, run: Run) -> None:
+        if run.key in self.done and run.key not in self.running:
+            disk.prune(self.store, run, self._needed(run))
+
+    def work(self, run: Run) -> float:
+        """FLOPs, roughly, that a run takes on its own: for the ETA only."""
+        begin = run.fork.step if run.fork is not None else 0
+        steps = run.last_step - begin
+        m = run.cfg.model
+        width = m.num_layers * (4 * m.d_model**2 + 3 * m.d_model * m.d_ff) + 1e5
+        start = transition_step(run.cfg)
+        quantized = 0 if start is None else run.last_step - max(start, begin)
+        return (steps + 0.3 * quantized) * tokens_per_step(run.cfg) * width

@@ -1,0 +1,112 @@
+"""Training over hosts that are network namespaces of this machine, with real faults.
+
+The others of its kind, all launchers and all faults, are measured by tools/inject_host_faults.py.
+"""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from host_faults import (
+    FAULT_STEP,
+    WATCH,
+    cable_out,
+    compare,
+    end,
+    launch,
+    rank_killed,
+    ranks_left,
+    supervisor_record,
+    wait_all,
+    wait_for_step,
+)
+from netns_hosts import HEAD, Hosts, make_hosts, why_not
+from runs import KEEP_ALL, differences, events
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(bool(why_not()), reason=f"no hosts here: {why_not()}"),
+]
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Hosts]:
+    with make_hosts(2, tmp_path / "hosts") as made:
+        yield made
+
+
+def test_a_killed_rank_is_named_and_the_run_goes_on(
+    hosts: Hosts, config_file: Path, finished_run_2_ranks: Path, tmp_path: Path
+) -> None:
+    """On the same hosts, from the last checkpoint, to the very bits of a run without a fault."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = [config_file, f"run.dir={run_dir}", KEEP_ALL, "engine.zero_stage=3", *WATCH]
+    processes = launch(hosts, "supervise", hosts.nodes, arguments, log)
+    try:
+        wait_for_step(processes, run_dir, FAULT_STEP, 300)
+        with rank_killed(hosts, "node2", run_dir, 1):
+            assert wait_all(processes, 300) == [0], log.read_text()
+        assert ranks_left(hosts) == []
+    finally:
+        end(hosts, processes)
+    record = supervisor_record(run_dir)
+    (failure,) = [line for line in record if line["event"] == "end of attempt"][:-1]
+    assert failure["kind"] == "rank" and failure["host"] == "node2" and failure["rank"] == 1
+    assert "rank 1 on node2 (pid " in str(failure["text"])
+    assert "was killed by SIGKILL" in str(failure["text"])
+    assert f"supervisor: {failure['text']}" in log.read_text()
+    assert [line["world_size"] for line in record if line["event"] == "attempt"] == [2, 2]
+    assert differences(finished_run_2_ranks, run_dir) == []
+
+
+@pytest.mark.slow
+def test_a_host_without_its_cable_is_left_out(
+    hosts: Hosts, config_file: Path, finished_run_2_ranks: Path, tmp_path: Path
+) -> None:
+    """The host of rank 0, of the ranks' meeting point and of the run's lock, even: its ranks end by
+    themselves, and the rest goes on with twice the micro-batches."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = [config_file, f"run.dir={run_dir}", KEEP_ALL, *WATCH]
+    processes = launch(hosts, "supervise", hosts.nodes, arguments, log)
+    try:
+        wait_for_step(processes, run_dir, FAULT_STEP, 300)
+        with cable_out(hosts, "node1", run_dir, 0):
+            assert wait_all(processes, 300) == [0], log.read_text()
+            assert ranks_left(hosts) == []
+    finally:
+        end(hosts, processes)
+    record = supervisor_record(run_dir)
+    failure = next(line for line in record if line["event"] == "end of attempt")
+    assert failure["kind"] == "host" and failure["host"] == "node1"
+    assert str(failure["text"]).startswith("host node1 (ranks 0) has not been heard of for ")
+    attempts = [line for line in record if line["event"] == "attempt"]
+    assert [line["hosts"] for line in attempts] == [{"node1": 1, "node2": 1}, {"node2": 1}]
+    assert [line["accumulation"] for line in attempts] == [1, 2]
+    assert "without node1: it " in log.read_text()
+    # Codes that flip on a rounding error move the loss by up to 6e-4 (test_launchers.py).
+    outcome = compare(finished_run_2_ranks, run_dir)
+    assert outcome == "the same losses" or float(outcome.split()[2]) < 5e-3, outcome
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_supervisor_saves_on_every_rank(
+    hosts: Hosts, config_file: Path, finished_run_2_ranks: Path, tmp_path: Path
+) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = [config_file, f"run.dir={run_dir}", KEEP_ALL, "engine.zero_stage=3", *WATCH]
+    processes = launch(hosts, "supervise", hosts.nodes, arguments, log)
+    try:
+        wait_for_step(processes, run_dir, FAULT_STEP, 300)
+        # nsenter waits for the command it has become the parent of: signal that itself.
+        pid = hosts.execute(HEAD, "pgrep", "-f", "cli.main supervise").split()[0]
+        hosts.execute(HEAD, "kill", f"-{int(signal.SIGTERM)}", pid)
+        assert wait_all(processes, 300) == [75], log.read_text()
+        assert ranks_left(hosts) == []
+        assert events(run_dir, "preempted")
+        processes = launch(hosts, "supervise", hosts.nodes, arguments, log)
+        assert wait_all(processes, 300) == [0], log.read_text()
+    finally:
+        end(hosts, processes)
+    assert differences(finished_run_2_ranks, run_dir) == []
