@@ -79,18 +79,8 @@ def test_a_preempted_job_saves_and_goes_on_by_itself(
     train("torchrun", *arguments, f"run.dir={tmp_path / 'reference'}")
     job = cluster.submit(log, *arguments, f"run.dir={run_dir}", *WATCH)
     cluster.wait_for_step(job, run_dir, FAULT_STEP)
-    other = [
-        "sbatch",
-        "--parsable",
-        "-p",
-        "high",
-        "-N2",
-        "--exclusive",
-        "--output=/dev/null",
-        "--wrap",
-        "true",
-    ]
-    first = ask(cluster.hosts, cluster.env, *other)
+    other = "sbatch --parsable -p high -N2 --exclusive --output=/dev/null --wrap true"
+    first = ask(cluster.hosts, cluster.env, *other.split())
     fields = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED")
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log.read_text()
     assert cluster.wait(first, "COMPLETED")
