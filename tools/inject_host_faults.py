@@ -135,7 +135,7 @@ def _cells(seen: Seen) -> list[str]:
     first = ""
     if seen.first_step_seconds is not None:
         first = f"{seen.first_step_seconds:.0f} s, {seen.resumed_ranks} rank(s)"
-    return [ends + codes, "yes" if seen.names_it else "no", left, first, seen.outcome]
+    return [ends + codes, seen.names, left, first, seen.outcome]
 
 
 def _report(work: Path) -> str:
@@ -146,7 +146,7 @@ def _report(work: Path) -> str:
     bounds = {"watch": ", ".join(WATCH), "supervise": " ".join(SUPERVISE)}
     bounds |= {"bound": LAUNCHER_SECONDS}  # type: ignore[dict-item]
     lines.append(INTRODUCTION.format(text=text, **bounds))
-    columns = "fault | launcher | ends after (exit code) | names it | left behind | first step"
+    columns = "fault | launcher | ends after (exit code) | names | left behind | first step"
     lines.append(f"| {columns} | in the end |")
     lines.append("|---|---|---|---|---|---|---|")
     ordered = [

@@ -215,11 +215,15 @@ class Seen:
     transcript: str = ""
 
     @property
-    def names_it(self) -> bool:
-        """Whether a line says which rank and host it was: the last."""
+    def names(self) -> str:
+        """What a line says of the last rank, to which it happened."""
         rank, host = self.num_hosts - 1, f"node{self.num_hosts}"
         naming = rf"rank {rank} .{{0,40}}\b{host}\b|host {host} \(ranks {rank}\)"
-        return re.search(naming, self.transcript) is not None
+        if re.search(naming, self.transcript):
+            return "rank and host"
+        return (
+            "host" if re.search(rf"Remote daemon: .* node {host}", self.transcript) else "nothing"
+        )
 
 
 def inject(
