@@ -163,7 +163,8 @@ def _measure(t_ABN: Tensor, part: CodeSpec) -> tuple[Tensor, Tensor | None]:
         survives = _all_but_smallest(magnitude)
         survivors = magnitude * survives
         total = exact_sum(survivors) if is_exact else survivors.sum(dim=-1, keepdim=True)
-        return total / (magnitude.shape[-1] // SPARSE_BLOCK * (SPARSE_BLOCK - 1)), survives
+        count = magnitude.shape[-1] // SPARSE_BLOCK * (SPARSE_BLOCK - 1)
+        return total / total.new_full((), count), survives
     # mean() and not sum() / N: in bf16 a sum would be rounded before the division.
     mean = exact_mean(magnitude) if is_exact else magnitude.mean(dim=-1, keepdim=True)
     if part.measure == "absmean":

@@ -382,10 +382,10 @@ def _rotate(t_FD: Tensor, spec: QuantSpec) -> Tensor:
 
 def hadamard_matrix(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Sylvester's matrix of ±1 / sqrt(width), [width, width]; `width` a power of two."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    matrix = torch.ones(1, 1, dtype=torch.float64, device=device)  # the host would be waited for
     while matrix.shape[0] < width:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return (matrix / math.sqrt(width)).to(device=device, dtype=dtype)
+    return (matrix / math.sqrt(width)).to(dtype)
 
 
 def _codes_linear(

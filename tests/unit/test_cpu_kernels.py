@@ -18,6 +18,7 @@ from kernel_cases import (
     NAN,
     SHAPES,
     among_nans,
+    assert_at_most_twice_naive_bf16,
     assert_same,
     error,
     why_no_cpu_kernels,
@@ -515,6 +516,11 @@ def test_layer_equals_the_reference(dtype: torch.dtype, bits: GradientBits) -> N
         allowed = 0.0 if exact else tolerance * float(want[name].norm())
         assert got[name].dtype == dtype
         assert error(got[name], want[name].double()) <= allowed, name
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_bf16_layer_is_at_most_twice_as_far_off_as_naive_bf16(name: str) -> None:
+    assert_at_most_twice_naive_bf16(get_kernels(name, "cpu"))
 
 
 @pytest.mark.parametrize("into_main_grad", [False, True])

@@ -11,11 +11,14 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_cases import NoHostMemory
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitscale import bitlinearize
 from bitscale.config import Checkpointing, ModelConfig, QuantConfig
+from bitscale.config.presets import PRESETS, preset
 from bitscale.errors import ConfigError, KernelUnavailable
 from bitscale.model.bitlinear import (
     BitLinear,
@@ -87,10 +90,12 @@ def count_calls(model: nn.Module) -> Counter[str]:
 # --- Weights ---
 
 
-@pytest.mark.parametrize("preset", ["b158", "absmedian", "twn", "group64", "int4", "quest", "sdu"])
+@pytest.mark.parametrize(
+    "quantizer", ["b158", "absmedian", "twn", "group64", "int4", "quest", "sdu"]
+)
 @pytest.mark.parametrize("name", STRENGTHS)
-def test_preparing_changes_no_bit(preset: str, name: str) -> None:
-    model = decoder(QuantConfig(preset=preset), d_model=128, d_ff=256)
+def test_preparing_changes_no_bit(quantizer: str, name: str) -> None:
+    model = decoder(QuantConfig(preset=quantizer), d_model=128, d_ff=256)
     set_strength(model, STRENGTHS[name])
     without = loss_and_gradients(model)
     prepare_weights(model)
@@ -305,6 +310,42 @@ def test_a_compiled_block_has_no_graph_break(name: str, prepared: bool) -> None:
         strict=True,
     ):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_layer_serves_every_step_of_one_strength() -> None:
+    """New weights and codes need no new graph; another λ does, as docs/kernels.md says."""
+    layer = BitLinear(D, FF, QuantConfig())
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    outputs, graphs = [], []
+    for strength in (TERNARY, TERNARY, TERNARY, Strength(0.5, 0.5)):
+        set_strength(layer, strength)
+        prepare_weights(layer)
+        outputs.append(compiled(noise(5, D)))
+        assert torch.equal(outputs[-1], layer(noise(5, D)))
+        graphs.append(counter.frame_count)
+        with torch.no_grad():
+            layer.weight.add_(0.1 * noise(FF, D, seed=len(graphs)))
+    assert graphs[:3] == [1, 1, 1] and graphs[3] > 1
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_nothing_is_copied_from_or_to_the_host(name: str) -> None:
+    """Tensors of the meta device have no values, and an operator that mixes devices is seen."""
+    for fused in (None, (16, 8, 24)):
+        with torch.device("meta"):
+            layer = BitLinear(256, FF, preset(name), bias=True)
+            x_TD = torch.empty(2, 3, 256, requires_grad=True)
+        if fused:
+            layer.rows, layer.kernels = fused, None
+        for strength in (*STRENGTHS.values(), Strength(1.0, 1.0, 0.3)):
+            set_strength(layer, strength)
+            with NoHostMemory():
+                prepare_weights(layer)
+                layer(x_TD).sum().backward()
+    assert x_TD.grad is not None and x_TD.grad.is_meta
 
 
 @pytest.mark.parametrize("name", STRENGTHS)

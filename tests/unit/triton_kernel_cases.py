@@ -8,7 +8,13 @@ Shapes: T tokens, D inputs, F outputs.
 
 import pytest
 import torch
-from kernel_cases import HARD_ROWS, HARD_WEIGHTS, MEASURES, SHAPES
+from kernel_cases import (
+    HARD_ROWS,
+    HARD_WEIGHTS,
+    MEASURES,
+    SHAPES,
+    assert_at_most_twice_naive_bf16,
+)
 from torch import Tensor
 
 from bitscale.errors import KernelUnavailable
@@ -395,6 +401,10 @@ def test_layer_equals_the_reference(dtype: torch.dtype) -> None:
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     for name in ("x", "w"):
         assert error(got[name], want[name].double()) < tolerance * float(want[name].norm())
+
+
+def test_bf16_layer_is_at_most_twice_as_far_off_as_naive_bf16() -> None:
+    assert_at_most_twice_naive_bf16(TRITON, DEVICE)
 
 
 def test_layer_adds_to_main_grad_over_micro_batches() -> None:
