@@ -126,6 +126,13 @@ def test_weights_are_quantized_once_for_all_micro_batches(
     assert calls[kernel] == 2 * num_layers + again
 
 
+def fresh(layer: BitLinear) -> BitLinear:
+    """The same layer, which has prepared nothing."""
+    copied = copy.deepcopy(layer)
+    forget_weights(copied)
+    return copied
+
+
 def test_a_changed_weight_or_strength_is_noticed() -> None:
     layer = BitLinear(D, FF, QuantConfig())
     x = noise(5, D)
@@ -142,10 +149,12 @@ def test_a_changed_weight_or_strength_is_noticed() -> None:
     assert torch.equal(layer(x), blended)
     set_strength(layer, SIXTEEN_BIT)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
-    prepare_weights(layer)
     set_strength(layer, TERNARY)
-    layer.weight.data = layer.weight.data.clone() * 3
-    assert torch.equal(layer(x), copy.deepcopy(layer)(x))
+    prepare_weights(layer)
+    before = layer(x)
+    layer.weight.data = layer.weight.data * 3  # another storage, of no other version
+    assert not torch.equal(layer(x), before)
+    assert torch.equal(layer(x), fresh(layer)(x))
 
 
 def test_a_write_through_data_needs_forget() -> None:
