@@ -96,6 +96,14 @@ def test_codes_beside_ties_need_no_division(cpu: kernels.Kernels, scale: float) 
     assert {-1, 0, 1} == set(got.codes_FD.flatten().tolist())
 
 
+def test_sums_are_of_multiples_of_the_grid(cpu: kernels.Kernels) -> None:
+    """As everywhere (`exact_sum`): numbers below 2^-31 count as 0."""
+    w_FD = torch.full((40, 50), 3e-10)
+    got, want = cpu.ternarize(w_FD, "absmean", 1e-12), plain.ternarize(w_FD, "absmean", 1e-12)
+    assert_same(got.scale, want.scale)
+    assert float(got.scale) == float(torch.tensor(1e-12))
+
+
 @pytest.mark.parametrize("measure", MEASURES)
 def test_large_weights(cpu: kernels.Kernels, threads: int, measure: Measure) -> None:
     """Several blocks, on one thread as on two; a scale that must not drift."""

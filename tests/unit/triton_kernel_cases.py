@@ -88,6 +88,12 @@ def test_codes_at_random_scales() -> None:
         assert_same(TRITON.ternarize(w_FD, "absmean", scale).codes_FD, want.codes_FD)
 
 
+def test_sums_are_of_multiples_of_the_grid() -> None:
+    """As everywhere (`exact_sum`): numbers below 2^-31 count as 0."""
+    w_FD = torch.full((40, 50), 3e-10, device=DEVICE)
+    assert float(TRITON.ternarize(w_FD, "absmean", 1e-12).scale) == float(torch.tensor(1e-12))
+
+
 def test_scale_of_many_values_does_not_drift() -> None:
     w_FD = torch.full((300, 400), 0.1, device=DEVICE)
     w_FD[0, 0] = 3e4
