@@ -8,6 +8,7 @@ once per optimizer step (`prepare_weights`), the input once for all layers that 
 norm before them in one pass with its codes (`shared_input`).
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
@@ -338,12 +339,28 @@ def shared_input(
 
 
 def set_strength(model: nn.Module, strength: Strength) -> None:
-    """Give every BitLinear, BitConv2d, head and blended norm of `model` the λ of this step."""
+    """Give every BitLinear, BitConv2d, head and blended norm of `model` the λ of this step.
+
+    Raises:
+        ConfigError: λ outside [0, 1], or a negative or infinite residual.
+    """
+    check_strength(strength)
     for module in model.modules():
         if isinstance(module, QuantizedLinear | BitConv2d | Head):
             module.strength = strength
         elif isinstance(module, BlendedNorm):
             module.strength = strength.weight
+
+
+def check_strength(strength: Strength) -> None:
+    """Raises ConfigError for λ outside [0, 1], or a negative or infinite residual."""
+    for name, highest in (("weight", 1.0), ("activation", 1.0), ("residual", sys.float_info.max)):
+        value = getattr(strength, name)
+        if not 0.0 <= value <= highest:  # nor NaN
+            raise ConfigError(
+                f"strength.{name}={value:g} must be {'0 or more' if highest > 1 else 'in [0, 1]'}: "
+                "0 is the 16-bit model; use bitscale.quant.schedule for ramps"
+            )
 
 
 def set_kernels(model: nn.Module, name: str, device_type: str) -> None:
