@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from bitscale.data.batches import IGNORE_ID, EvaluationBatch, evaluation_batches
 from bitscale.data.corpus import PreparedCorpus
 from bitscale.errors import CheckpointError, DataError
-from bitscale.model.bitlinear import Head, bit_linears, prepare_weights, set_strength
+from bitscale.model.bitlinear import bit_linears, prepare_weights, set_strength
+from bitscale.model.head import Head
 from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
 
 Grouping = Literal["layer", "block", "kind"]

@@ -44,7 +44,7 @@ Two hosts (or as many as the row says) with a rank each, which are network names
 with an sshd in each, train a tiny model (35,000 parameters, 40 steps, ternary from step 16) on
 {text}. At step 18 (a slowed rank: 3) something happens to the last host or its rank. `supervise`
 is `bitscale supervise`, `torchrun` launch/torchrun.sh, `pdsh` and `openmpi` launch/multinode.sh,
-`mpirun` launch/mpi.sh.
+`mpirun` launch/mpi.sh. All with ZeRO-3.
 
 - **ends after**: from the fault until the launcher has ended on every host, or the supervisor has
   stopped all ranks. "runs on": not within {bound:.0f} s; everything was then killed.
@@ -191,7 +191,7 @@ def _provenance() -> str:
 ## Provenance
 
 {today}, commit {commit}, {os.cpu_count()} CPU cores ({platform.machine()}), gloo, one thread a
-rank, beside work of the lowest priority: times are upper bounds, and starting Python is most of
+rank, beside other work: times are upper bounds, and starting Python is most of
 them; {found}. By `python tools/inject_host_faults.py`.
 """
 

@@ -9,7 +9,7 @@ average, and the updated weight is sent back. (DeepSpeed's own tied layers keep 
 state, which data-parallel sums in another order let drift away.)
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -50,7 +50,9 @@ class PipelineEngine(TrainEngine):
         self._set_hyperparameters(lr, weight_decay)
         self._engine.train()
         self._prepare_weights()
-        loss = self._engine.train_batch(_as_deepspeed_reads(micro_batches))
+        batches = list(micro_batches)
+        self._hand_out_targets(batches)
+        loss = self._engine.train_batch(_as_deepspeed_reads(batches))
         self._send_tied_weight()
         forget_weights(self.module)
         grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
@@ -65,6 +67,7 @@ class PipelineEngine(TrainEngine):
         self._prepare_weights()
         input_ids_BS, target_ids_BS, document_ids_BS = self.to_device(batch)
         assert input_ids_BS is not None and target_ids_BS is not None
+        self._hand_out_targets([batch])
         mesh, stage, x = self.mesh, self._stage, input_ids_BS
         there = range(mesh.pp_size)
         way = [*there, *reversed(there)][: num_pipeline_stages(self.cfg)]
@@ -80,9 +83,16 @@ class PipelineEngine(TrainEngine):
                 dist.send(x.contiguous(), self._rank_at(way[hop + 1]), mesh.pp_group)
         losses_BS = torch.empty(target_ids_BS.shape, device=mesh.device)
         if stage.is_last:
-            losses_BS = stage.loss(x, target_ids_BS, reduction="none").float().contiguous()
+            losses_BS = x.float().contiguous()
         dist.broadcast(losses_BS, self._rank_at(way[-1]), mesh.pp_group)
         return losses_BS
+
+    def _hand_out_targets(self, batches: Sequence[MicroBatch | EvaluationBatch]) -> None:
+        """Each stage takes its micro-batches in their order, in every schedule."""
+        if self._stage.is_last:
+            assert not self._stage.targets, "targets of a step that was not finished"
+            ids = (batch.target_ids_BS.to(self.mesh.device) for batch in batches)
+            self._stage.targets.extend(ids)
 
     def publish_masters(self) -> None:
         super().publish_masters()
@@ -118,7 +128,7 @@ class PipelineEngine(TrainEngine):
         pipe = kind(
             layers,
             topology=PipeModelDataParallelTopology(mesh.pp_size, mesh.tp_size, mesh.dp_size),
-            loss_fn=stage.loss,
+            loss_fn=_given_loss,
             partition_method="uniform",
         )
         # The hook at which DeepSpeed sums tied gradients, once a step.
@@ -165,6 +175,11 @@ class PipelineEngine(TrainEngine):
         hidden = torch.empty(shape, dtype=dtype, device=mesh.device)
         dist.recv(hidden, source, mesh.pp_group)
         return hidden
+
+
+def _given_loss(loss: Tensor, labels: Tensor) -> Tensor:
+    """The last stage has computed it."""
+    return loss
 
 
 def _as_deepspeed_reads(micro_batches: Iterable[MicroBatch]) -> Any:

@@ -19,15 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bitscale.config.spec import QuantSpec, kernel_measure
 from bitscale.errors import ConfigError
-from bitscale.model.collectives import (
-    ONE_RANK,
-    ParameterShard,
-    TensorGroup,
-    copy_to_group,
-    gather_sequence,
-)
+from bitscale.model.head import Head
 from bitscale.model.norms import BlendedNorm, RMSNorm
-from bitscale.model.vocabulary import vocabulary_range
 from bitscale.quant.kernels import Kernels, Measure, get_kernels
 from bitscale.quant.kernels.linear import ternary_linear
 from bitscale.quant.learned import initial_scale
@@ -41,7 +34,6 @@ from bitscale.quant.reference import (
     bit_linear,
     blend_tokens,
     blend_weight,
-    int8_linear,
     straight_through,
     weight_codes,
 )
@@ -284,36 +276,6 @@ class PackedBitLinear(nn.Module):
         codes_FD = unpack_2bit(packed) if columns is None else unpack_base3(packed, columns)
         weight = Ternary(codes_FD, scale)
         return finished_linear(x, weight, cast(Tensor | None, self.bias), self.quant)
-
-
-class Head(nn.Linear):
-    """Vocabulary projection; 16 bit, or 8-bit weights and activations following λ.
-
-    Of ranks that share the vocabulary, each gives the logits of its part.
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        vocab_size: int,
-        quant: Quant,
-        *,
-        bits: int,
-        tp: TensorGroup = ONE_RANK,
-    ) -> None:
-        first, end = vocabulary_range(vocab_size, tp)
-        super().__init__(d_model, end - first, bias=False)
-        self.quant, self.tp, self.first = quant, tp, first
-        if tp.size > 1:
-            self.weight.shard = ParameterShard(0, first, end, (vocab_size, d_model))  # type: ignore[attr-defined]
-        self.bits = bits
-        self.strength = SIXTEEN_BIT
-
-    def forward(self, x: Tensor) -> Tensor:
-        strength = self.strength if self.bits == 8 else SIXTEEN_BIT
-        enter = gather_sequence if self.tp.sequence_parallel else copy_to_group
-        x = enter(x, self.tp)
-        return int8_linear(x, self.weight, strength, self.quant)
 
 
 def shared_input(

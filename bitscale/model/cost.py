@@ -20,6 +20,7 @@ Phase = Literal["16 bit", "ramp", "ternary"]
 # integers; by the specification, in floating point with a copy of the weight.
 Way = Literal["kernels", "integer", "floating"]
 
+LOSS_SLICE_TOKENS = 1024  # of which logits exist at a time: rows enough for a matrix product
 FLOAT_BYTES = 4
 INDEX_BYTES = 8
 
@@ -331,20 +332,32 @@ def embedding_saved_bytes() -> float:
 
 
 def head_saved_bytes(m: ModelConfig, at: Setting) -> dict[str, float]:
-    """Bytes per token that the final norm, the head and the loss save."""
+    """Bytes per token that the final norm and the head save."""
     s, share = shard(m, at.tp), at.residual_share
     plain = Setting("16 bit", at.way, at.activations_quantized, at.bytes, at.seq_len)
     return {
         "norms": share * _norm(s.d, m, plain),
         "inputs of linear layers": float(at.bytes * s.d),
-        "logits": float(FLOAT_BYTES * s.vocab + INDEX_BYTES),  # log-softmax and targets
     }
 
 
-def loss_workspace_bytes(m: ModelConfig, tp: int = 1) -> float:
-    """Bytes per token that live beside the saved log-softmax at the start of the backward pass:
-    its gradient and that of the logits, fp32."""
-    return 2.0 * FLOAT_BYTES * shard(m, tp).vocab
+def loss_saved_bytes(m: ModelConfig, at: Setting, num_tokens: int) -> float:
+    """Bytes that the loss of `num_tokens` saves: log-softmax (fp32) and targets; of more than a
+    slice, the gradients of the head's input and weight instead."""
+    s = shard(m, at.tp)
+    if num_tokens <= LOSS_SLICE_TOKENS:
+        return num_tokens * float(FLOAT_BYTES * s.vocab + INDEX_BYTES)
+    return float(at.bytes * (num_tokens + s.vocab) * s.d)
+
+
+def loss_workspace_bytes(m: ModelConfig, at: Setting, num_tokens: int) -> float:
+    """Bytes that live beside those, for a moment: of the tokens of a slice the gradients of
+    log-softmax and logits, fp32; of more than one also the log-softmax, and the sum of the
+    weight's gradient, fp32."""
+    s = shard(m, at.tp)
+    if num_tokens <= LOSS_SLICE_TOKENS:
+        return 2.0 * num_tokens * FLOAT_BYTES * s.vocab
+    return LOSS_SLICE_TOKENS * 3.0 * FLOAT_BYTES * s.vocab + float(FLOAT_BYTES * s.vocab * s.d)
 
 
 def recomputed_matrices(m: ModelConfig, checkpointing: Checkpointing, tp: int = 1) -> int:

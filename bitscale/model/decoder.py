@@ -10,22 +10,16 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitscale.config import Checkpointing, ModelConfig, QuantConfig
-from bitscale.model.bitlinear import Head, bit_linears, shared_input
+from bitscale.model.bitlinear import bit_linears, shared_input
 from bitscale.model.collectives import shard_of
+from bitscale.model.head import Head, Reduction
 from bitscale.model.layers import MLP, Attention, Ranks, Rotary
 from bitscale.model.norms import make_norm
-from bitscale.model.vocabulary import (
-    VocabParallelEmbedding,
-    gather_vocabulary,
-    vocab_parallel_cross_entropy,
-)
-
-IGNORED_TARGET = -100  # F.cross_entropy's default ignore_index
+from bitscale.model.vocabulary import VocabParallelEmbedding, gather_vocabulary
 
 
 class Block(nn.Module):
@@ -120,57 +114,32 @@ class Decoder(nn.Module):
         target_ids_BS: Tensor,
         document_ids_BS: Tensor | None = None,
         *,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
     ) -> Tensor:
         """Next-token cross entropy in nats, fp32.
 
         `reduction` "mean" gives a scalar over the targets that are not IGNORED_TARGET; "none"
         gives [B, S] with 0 at ignored targets.
         """
-        logits = self._own_logits(input_ids_BS, document_ids_BS)
-        return next_token_loss(logits, target_ids_BS, self.head, reduction=reduction)
+        x = self._hidden(input_ids_BS, document_ids_BS)
+        return cast(Tensor, self.head(x, target_ids_BS, reduction=reduction))
 
     def logits(self, input_ids_BS: Tensor, document_ids_BS: Tensor | None = None) -> Tensor:
         """fp32 logits [B, S, V]; without gradient if the vocabulary is shared."""
-        logits = self._own_logits(input_ids_BS, document_ids_BS)
+        logits = cast(Tensor, self.head(self._hidden(input_ids_BS, document_ids_BS)))
         if self.tp.size == 1:
             return logits
         logits = gather_vocabulary(logits, self.vocab_size, self.tp)
         return logits.transpose(0, 1) if self.tp.sequence_parallel else logits
 
-    def _own_logits(self, input_ids_BS: Tensor, document_ids_BS: Tensor | None) -> Tensor:
+    def _hidden(self, input_ids_BS: Tensor, document_ids_BS: Tensor | None) -> Tensor:
+        """What the head reads."""
         x_BSD = self.embed(input_ids_BS)
         cos_SE, sin_SE = self.rotary(input_ids_BS.shape[1], input_ids_BS.device)
         mask_B1SS = None if document_ids_BS is None else same_document_mask(document_ids_BS)
         checkpointing = self.activation_checkpointing if self.training else "none"
         x_BSD = run_blocks(self.layers, x_BSD, cos_SE, sin_SE, mask_B1SS, checkpointing)
-        return cast(Tensor, self.head(self.norm(x_BSD))).float()
-
-
-def next_token_loss(
-    logits: Tensor, target_ids_BS: Tensor, head: Head, *, reduction: str = "mean"
-) -> Tensor:
-    """Cross entropy in nats, fp32, of the `head`'s logits, see `Decoder.forward`.
-
-    `logits` fp32 [B, S, V]; of tensor-parallel ranks each has its columns, and sequence
-    parallelism [S, B, V].
-    """
-    tp = head.tp
-    if tp.size == 1:
-        losses = F.cross_entropy(
-            logits.flatten(0, 1),
-            target_ids_BS.flatten(),
-            ignore_index=IGNORED_TARGET,
-            reduction=reduction,
-        )
-        return losses if reduction == "mean" else losses.view_as(target_ids_BS)
-    targets = target_ids_BS.T if tp.sequence_parallel else target_ids_BS
-    losses = vocab_parallel_cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), head.first, tp, IGNORED_TARGET
-    ).view_as(targets)
-    if reduction == "mean":
-        return losses.sum() / (targets != IGNORED_TARGET).sum()
-    return losses.T if tp.sequence_parallel else losses
+        return cast(Tensor, self.norm(x_BSD))
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:

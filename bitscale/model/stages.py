@@ -9,6 +9,7 @@ Shapes: B batch, S sequence, D model width, V vocabulary.
 """
 
 import itertools
+from collections import deque
 from collections.abc import Iterator
 from typing import cast
 
@@ -16,17 +17,16 @@ from torch import Tensor, nn
 
 from bitscale.config import Config, num_pipeline_stages
 from bitscale.mesh import Mesh
-from bitscale.model.bitlinear import Head
 from bitscale.model.cost import blocks_per_stage
 from bitscale.model.decoder import (
     Block,
     Decoder,
     draw_weights,
-    next_token_loss,
     run_blocks,
     same_document_mask,
     whole_shape,
 )
+from bitscale.model.head import Head, Reduction
 from bitscale.model.layers import Ranks, Rotary, ranks_of
 from bitscale.model.norms import make_norm
 from bitscale.model.vocabulary import VocabParallelEmbedding
@@ -34,7 +34,7 @@ from bitscale.model.vocabulary import VocabParallelEmbedding
 
 class DecoderStage(nn.Module):
     """The stages `indices` of `num_stages`, in phases, of which each has token ids or hidden states
-    in, hidden states or logits out."""
+    in, hidden states or a loss out."""
 
     def __init__(
         self, cfg: Config, indices: tuple[int, ...], num_stages: int, *, ranks: Ranks | None = None
@@ -70,6 +70,10 @@ class DecoderStage(nn.Module):
         if ties:
             assert self.head is not None and self.embed is not None
             self.head.weight = cast(nn.Parameter, self.embed.weight)
+        # Target ids [B, S] of the batches to come, for the last stage. They do not come with the
+        # inputs, and not by way of DeepSpeed's loss function: that is called outside the module,
+        # where the hooks that collect bf16 gradients do not expect the head's.
+        self.targets: deque[Tensor] = deque()
         draw_weights(self, m, cfg.train.seed, self._decoder_shapes(cfg))
 
     def _decoder_shapes(self, cfg: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -101,8 +105,9 @@ class DecoderStage(nn.Module):
         """What DeepSpeed hands from stage to stage: ids int64 [B, S] or hidden states [B, S, D],
         with document ids int64 [B, S] beside them if attention stays within documents.
 
-        Hidden states have [S / tp, B, D] with sequence parallelism. Returns the same, or fp32
-        logits (of this rank's part of the vocabulary) from the last stage.
+        Hidden states have [S / tp, B, D] with sequence parallelism. Returns the same, the last
+        stage what `Decoder.forward` does, for the next of `targets`: the mean loss or, in
+        evaluation, the losses of the tokens.
         """
         x, document_ids_BS = inputs if isinstance(inputs, tuple) else (inputs, None)
         if self.is_first and phase == 0:
@@ -115,13 +120,11 @@ class DecoderStage(nn.Module):
         blocks = [self.layers[str(i)] for i in self.blocks[phase]]
         x = run_blocks(blocks, x, cos_SE, sin_SE, mask_B1SS, checkpointing)
         if self.head is not None and self.norm is not None and phase == len(self.blocks) - 1:
-            return cast(Tensor, self.head(self.norm(x))).float()
+            reduction: Reduction = "mean" if self.training else "none"
+            return cast(
+                Tensor, self.head(self.norm(x), self.targets.popleft(), reduction=reduction)
+            )
         return x if document_ids_BS is None else (x, document_ids_BS)
-
-    def loss(self, logits: Tensor, target_ids_BS: Tensor, *, reduction: str = "mean") -> Tensor:
-        """`Decoder.forward`'s result, on the last stage."""
-        assert self.head is not None
-        return next_token_loss(logits, target_ids_BS, self.head, reduction=reduction)
 
 
 def make_model(cfg: Config, mesh: Mesh) -> Decoder | DecoderStage:

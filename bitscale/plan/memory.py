@@ -35,7 +35,7 @@ class Memory:
 
     parts: dict[str, float]  # PARTS
     activations: dict[str, float]  # by kind, at the start of a backward pass
-    logits: float  # log-softmax and the gradients of the loss, at the same moment
+    logits: float  # and what follows from them, at the same moment
     workspace: float  # gradients within a block, which are there after them
     block: float  # of one block of one micro-batch: what it saves, and gradients within it
     layers: float  # of `activations`: what the blocks keep
@@ -105,10 +105,9 @@ def memory(layout: Layout, stage: Stage, phase: Phase) -> Memory:
     flat_copy = zero == 0 or (zero == 1 and b == 2)
     logits = 0.0
     if stage.has_head:
-        logits = layout.micro_batch_tokens * (
-            cost.head_saved_bytes(cfg.model, at)["logits"]
-            + cost.loss_workspace_bytes(cfg.model, layout.tp)
-        )
+        tokens = layout.micro_batch_tokens
+        logits = cost.loss_saved_bytes(cfg.model, at, tokens)
+        logits += cost.loss_workspace_bytes(cfg.model, at, tokens)
     activations = _activations(layout, stage, phase)
     saved = sum(cost.block_saved_bytes(cfg.model, at).values())
     again = cost.recomputed_bytes(cfg.model, at)
@@ -223,13 +222,10 @@ def _buffers(layout: Layout, stage: Stage, phase: Phase, num_elements: int) -> f
     elif zero == 3:
         bytes_ += 4.0 * bucket + 4.0 * filled  # the bucket, and its copy in order of ranks
     if layout.pp > 1:
-        # DeepSpeed's pipeline keeps what a stage received and what it sends, and in two buffers at
-        # least, which the last stage fills with logits.
+        # DeepSpeed's pipeline keeps what a stage received and what it sends or, at the end, what
+        # the head reads, and in two buffers at least.
         num_buffers = max(stage.in_flight, 2)
         bytes_ += 2 * num_buffers * at.residual_share * b * tokens * cfg.model.d_model
-        if stage.has_head:
-            vocab = cost.shard(cfg.model, layout.tp).vocab
-            bytes_ += num_buffers * cost.FLOAT_BYTES * tokens * vocab
     if layout.tp > 1:
         # The sum over ranks, or the gathered sequence.
         bytes_ += tokens * cfg.model.d_model * (4.0 if phase == "ternary" else b)
@@ -248,7 +244,7 @@ def _activations(layout: Layout, stage: Stage, phase: Phase) -> dict[str, float]
     }
     if stage.has_head:
         saved = cost.head_saved_bytes(m, at)
-        others |= {kind: tokens * saved[kind] for kind in saved if kind != "logits"}
+        others |= {kind: tokens * size for kind, size in saved.items()}
     if stage.has_embedding:
         others["ids"] = stage.in_flight * tokens * cost.embedding_saved_bytes()
     if cfg.data.reset_attention:

@@ -166,7 +166,8 @@ def _memory_seconds(layout: Layout, stage: Stage, phase: Phase) -> tuple[float, 
     saved = stage.num_layers * sum(cost.block_saved_bytes(cfg.model, at).values())
     if stage.has_head:
         saved += sum(cost.head_saved_bytes(cfg.model, at).values())
-        saved += cost.loss_workspace_bytes(cfg.model, layout.tp)
+        # Whatever the slices: log-softmax, its gradient and that of the logits.
+        saved += 3.0 * cost.FLOAT_BYTES * cost.shard(cfg.model, layout.tp).vocab
     a_pass = weights + gradients + 2 * tokens * saved
     # Sum, master and both moments read, the last three written; the weights written.
     shares = 1 if cfg.engine.zero_stage == 0 else layout.dp

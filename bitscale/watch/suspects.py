@@ -58,9 +58,13 @@ def _furthest_behind(heartbeats: Sequence[Heartbeat], now: float) -> Suspect | N
     beat = min(idle or behind, key=lambda beat: beat.phase_since)
     waits = f"waits in {beat.waiting_for}" if beat.waiting_for else "is not in a collective"
     since = format_duration(max(0.0, now - beat.phase_since))
+    # A rank whose own watchdog was a moment earlier has ended with that.
+    progress = f"{describe_progress(beat)} for {since}"
+    if beat.failure == "hang":
+        progress = f"hung at step {beat.step:,}"
     return Suspect(
         beat.rank,
-        f"furthest behind is {_name(beat)}: {describe_progress(beat)} for {since}, {waits}, "
+        f"furthest behind is {_name(beat)}: {progress}, {waits}, "
         f"at {beat.place or 'an unknown place'}",
         False,
     )

@@ -12,9 +12,12 @@ from world import World
 from bitscale.config import Checkpointing, ModelConfig, QuantConfig
 from bitscale.errors import ConfigError
 from bitscale.mesh import Mesh, share_model
+from bitscale.model import head
 from bitscale.model.bitlinear import prepare_weights, set_strength
 from bitscale.model.collectives import TensorGroup, shard_of
-from bitscale.model.decoder import IGNORED_TARGET, Decoder
+from bitscale.model.cost import LOSS_SLICE_TOKENS
+from bitscale.model.decoder import Decoder
+from bitscale.model.head import IGNORED_TARGET
 from bitscale.model.layers import ranks_of
 from bitscale.model.vocabulary import vocabulary_range
 from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
@@ -62,7 +65,11 @@ def results(model: Decoder, name: str) -> dict[str, Tensor]:
 
 
 def shared(mesh: Mesh, variant: str, sequence_parallel: bool) -> dict[str, Any]:
-    """Of every λ: loss, losses, logits, gradients put together, and the initial weights."""
+    """Of every λ: loss, losses, logits, gradients put together, and the initial weights.
+
+    Four ranks compute the loss in slices of 20 of the 48 tokens, two as a whole.
+    """
+    head.TOKENS_PER_SLICE = 20 if mesh.world_size == 4 else LOSS_SLICE_TOKENS
     m = shape(variant)
     mesh = share_model(mesh, mesh.world_size, m.num_kv_heads or m.num_heads)
     ranks = ranks_of(mesh, sequence_parallel=sequence_parallel)

@@ -234,6 +234,8 @@ def inject(
     run_dir, log = folder / "run", folder.parent / f"{folder.name}.log"
     arguments = [config, f"run.dir={run_dir}", KEEP_ALL, "engine.zero_stage=3", *WATCH]
     nodes = hosts.nodes
+    if fault == "rank slowed":
+        arguments.append("log.every=5")  # a straggler is judged by medians of so many steps
     if len(nodes) > 2:
         arguments.append("train.micro_batch_size=1")
     processes = launch(hosts, launcher, nodes, arguments, log)

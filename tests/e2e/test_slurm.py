@@ -1,5 +1,7 @@
 """launch/slurm.sbatch under a real Slurm, whose nodes are network namespaces of this machine."""
 
+import re
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,9 +10,10 @@ from pathlib import Path
 import pytest
 from slurm_cluster import ask, job_fields, slurm, why_no_slurm
 
+from bitscale.fit.table import read_table
 from host_faults import FAULT_STEP, LAUNCH, WATCH, pid_of, steps_taken
-from netns_hosts import Hosts, make_hosts, why_not
-from runs import KEEP_ALL, differences, events, train
+from netns_hosts import HEAD, Hosts, make_hosts, why_not
+from runs import CONFIG, KEEP_ALL, differences, events, train
 
 _REASON = why_not() or why_no_slurm()
 pytestmark = [
@@ -18,6 +21,16 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(_REASON), reason=f"no Slurm here: {_REASON}"),
 ]
+SWEEP = """\
+base: base.yaml
+title: a try
+seeds: {values: [1]}
+set: {engine.device: cpu, train.steps: 20, log.telemetry_every: 0}
+arms:
+  sixteen: {transition.at: null}
+  early: {transition.at.step: 8}
+  late: {transition.at.step: 14}
+"""
 _ONE_RANK_A_NODE = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0")
 
 
@@ -116,3 +129,18 @@ def test_deepspeed_s_own_slurm_runner(
     fields = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED")
     assert fields["JobState"] == "COMPLETED", log.read_text()
     assert differences(finished_run_2_ranks, run_dir) == []
+
+
+def test_a_sweep_as_job_arrays(cluster: Cluster, python_corpus: Path, tmp_path: Path) -> None:
+    """`bitscale sweep --backend slurm`, a trunk and what begins from it."""
+    pytest.importorskip("submitit")
+    (tmp_path / "try.yaml").write_text(SWEEP, encoding="utf-8")
+    (tmp_path / "base.yaml").write_text(CONFIG.replace("CORPUS", str(python_corpus)))
+    options = ["--backend", "slurm", "--slurm", "slurm_partition=low", "--slurm", "timeout_min=10"]
+    command = [sys.executable, "-m", "bitscale.cli.main", "sweep", tmp_path / "try.yaml"]
+    log, out = tmp_path / "log", tmp_path / "out"
+    process = cluster.hosts.start(HEAD, [*command, "--out", out, *options], log, cluster.env)
+    assert process.wait(400) == 0, log.read_text()
+    arrays = [int(count) for count in re.findall(r"submitted (\d+) jobs", log.read_text())]
+    assert arrays == [1, 2]
+    assert {row["status"] for row in read_table(out)} == {"finished"}

@@ -1,6 +1,7 @@
 """A rank hangs, dies, fails or is slow: who is named, how it ends, and what `status` says."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -56,7 +57,11 @@ def test_a_hang_ends_every_rank_and_names_the_one_that_hangs(
     assert (
         f"(watch.hang_seconds={HANG_SECONDS}) in phase step, step {AT}, in all_reduce, " in waiting
     )
-    assert f"furthest behind is rank 1 on {HOST}: phase step, step {AT} for " in waiting
+    # Which of the watchdogs is first is chance.
+    behind = (
+        rf"furthest behind is rank 1 on {HOST}: (phase step, step {AT} for \d+s|hung at step {AT}),"
+    )
+    assert re.search(behind, waiting), waiting
     assert "is not in a collective, at e2e/watched_sessions.py:" in waiting
     assert f"step {AT}, not in a collective, at e2e/watched_sessions.py:" in hanging
     assert "the other ranks wait for this one" in hanging

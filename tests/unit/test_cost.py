@@ -146,7 +146,9 @@ def expected_saved(
     tables = 2 * 4 * SEQ_LEN * m.d_model // m.num_heads
     matrices = cost.parameters(m).matrices
     kept = matrices - m.num_layers * cost.recomputed_matrices(m, ckpt)
-    return BATCH * SEQ_LEN * per_token + a_step * matrices + a_pass * kept + tables
+    num_tokens = BATCH * SEQ_LEN
+    bytes_ = num_tokens * per_token + cost.loss_saved_bytes(m, at, num_tokens) + tables
+    return bytes_ + a_step * matrices + a_pass * kept
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from bitscale.config import Checkpointing, ModelConfig, QuantConfig, RopeScaling
 from bitscale.model.bitlinear import (
     BitLinear,
-    Head,
     PackedBitLinear,
     QuantizedInput,
     bit_linears,
     set_strength,
 )
-from bitscale.model.decoder import IGNORED_TARGET, Decoder, same_document_mask
+from bitscale.model.decoder import Decoder, same_document_mask
+from bitscale.model.head import IGNORED_TARGET, Head
 from bitscale.model.layers import (
     MLP,
     Attention,

@@ -65,16 +65,25 @@ class PeakBytes(TorchDispatchMode):
         self.now -= self.live.pop(key)
 
 
-@pytest.mark.parametrize("ckpt", get_args(Checkpointing))
+@pytest.mark.parametrize(
+    ("ckpt", "vocab_size", "batch_size"),
+    [*((ckpt, 512, 8) for ckpt in get_args(Checkpointing)), ("full", 8192, 32), ("none", 8192, 32)],
+)
 @pytest.mark.parametrize("phase", ["16 bit", "ternary"])
 def test_peak_is_that_of_a_forward_and_backward_pass(
-    phase: Phase, ckpt: Checkpointing, make_config: Callable[..., Config]
+    phase: Phase,
+    ckpt: Checkpointing,
+    vocab_size: int,
+    batch_size: int,
+    make_config: Callable[..., Config],
 ) -> None:
-    sizes = {"vocab_size": 512, "num_layers": 6, "d_model": 128, "d_ff": 384}
+    """Also of a loss in slices of its 2,048 tokens."""
+    sizes = {"vocab_size": vocab_size, "num_layers": 6, "d_model": 128, "d_ff": 384}
     cfg = make_config(
         *(f"model.{key}={value}" for key, value in sizes.items()),
         "data.seq_len=64",
-        "train.micro_batch_size=8",
+        f"train.micro_batch_size={batch_size}",
+        f"train.global_batch_size={batch_size}",
         f"train.activation_checkpointing={ckpt}",
         "quant.kernel=reference",
         "train.dtype=bf16",
@@ -82,7 +91,7 @@ def test_peak_is_that_of_a_forward_and_backward_pass(
     layout = make_layout(cfg, Cluster(1, 1, find_gpu("cpu")))
     model = Decoder(cfg.model, cfg.quant, activation_checkpointing=ckpt).bfloat16().train()
     set_strength(model, SIXTEEN_BIT if phase == "16 bit" else TERNARY)
-    ids = torch.randint(512, (8, 64))
+    ids = torch.randint(512, (batch_size, 64))
     with torch.no_grad():
         model(ids, ids)
     with PeakBytes() as counted:

@@ -88,6 +88,15 @@ def test_the_rank_that_is_in_no_collective_holds_up_the_others() -> None:
     )
 
 
+def test_a_rank_that_its_own_watchdog_has_ended_is_furthest_behind() -> None:
+    hung = beat(2, waiting_for=None, phase="failed", failure="hang", place="x.py:9 in hang")
+    assert blamed(beat(0), beat(1), hung, beat(3)) == (
+        2,
+        "furthest behind is rank 2 on host-2: hung at step 7, is not in a collective, "
+        "at x.py:9 in hang",
+    )
+
+
 def test_the_lowest_step_is_furthest_behind() -> None:
     assert blamed(beat(0), beat(1), beat(2, step=6), beat(3, waiting_for=None))[0] == 2
 
