@@ -21,7 +21,7 @@ from bitscale.config.spec import QuantSpec, kernel_measure
 from bitscale.errors import ConfigError
 from bitscale.model.head import Head
 from bitscale.model.norms import BlendedNorm, RMSNorm
-from bitscale.quant.kernels import Kernels, Measure, get_kernels
+from bitscale.quant.kernels import Kernels, Measure, get_kernels, log_specification
 from bitscale.quant.kernels.linear import ternary_linear
 from bitscale.quant.learned import initial_scale
 from bitscale.quant.pack import unpack_2bit, unpack_base3
@@ -336,16 +336,20 @@ def kernels_for(
     path: str, name: str, device_type: str, spec: QuantSpec, rows: tuple[int, ...] | None
 ) -> Kernels | None:
     """The table `name` for a layer, or None if the specification computes it: `auto` and
-    `reference` leave to it the presets that no kernel knows, and several matrices in one weight.
+    `reference` leave to it the presets that no kernel knows, and several matrices in one weight;
+    `auto` logs that.
 
     Raises:
         KernelUnavailable: the kernels do not run on that device.
         ConfigError: `cpu` or `triton` for what they do not compute.
     """
-    kernels = get_kernels(name, device_type)
     if kernel_measure(spec) is not None and rows is None:
-        return kernels
-    if name in ("auto", "reference"):
+        return get_kernels(name, device_type)
+    if name == "auto":
+        log_specification("another quantizer" if rows is None else "several matrices in a weight")
+        return None
+    get_kernels(name, device_type)  # an unknown name, or another device, comes first
+    if name == "reference":
         return None
     raise ConfigError(
         f"quant.kernel={name!r} computes b158 and absmedian with one matrix a weight, and "

@@ -4,6 +4,7 @@ Shapes: T tokens, D inputs, F outputs.
 """
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, get_args
@@ -29,7 +30,7 @@ from bitscale.model.bitlinear import (
     set_strength,
 )
 from bitscale.model.decoder import Block, Decoder
-from bitscale.quant.kernels import get_kernels, plain
+from bitscale.quant.kernels import get_kernels, log_specification, plain
 from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
 
 pytestmark = pytest.mark.unit
@@ -400,6 +401,21 @@ def test_set_kernels() -> None:
     for name in ("reference", "auto"):
         set_kernels(other, name, "cpu")
         assert other.layers[0].attn.q.kernels is None
+
+
+def test_auto_says_once_what_it_leaves_to_plain_pytorch(caplog: pytest.LogCaptureFixture) -> None:
+    log_specification.cache_clear()
+    linears = nn.ModuleDict({name: nn.Linear(D, 3 * D) for name in ("a", "b", "qkv")})
+    with caplog.at_level(logging.INFO, "bitscale.quant.kernels"):
+        bitlinearize(linears, "twn", include=["a", "b"], kernel="auto")
+        bitlinearize(linears, include="qkv", fused={"qkv": 3}, kernel="auto")
+    assert [layer.kernels for _, layer in bit_linears(linears)] == [None] * 3
+    assert caplog.messages == [
+        f"quant.kernel='auto': plain PyTorch computes layers with {what}; kernels know b158 and "
+        "absmedian with one matrix a weight"
+        for what in ("another quantizer", "several matrices in a weight")
+    ]
+    log_specification.cache_clear()
 
 
 def test_a_kernel_for_a_preset_that_it_does_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
