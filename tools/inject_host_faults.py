@@ -35,7 +35,8 @@ _DISK_MIB = 6  # of the small file system that "disk full" fills
 _TELLING = re.compile(
     r"^supervisor: |^\S{0,12} ?(error|warning)|^resumed from|^mpirun noticed|ssh exited with"
     r"|straggler"
-    r"|^ +(host|rank|exitcode) +:|^Root Cause|^\[rank 1 on node2\] (error|warning)|ORTE has lost"
+    r"|^ +(host|rank|exitcode) +:|^Root Cause|^\[rank 1 on node2\] (error|warning)"
+    r"|ORTE has lost|Remote daemon:"
     r"|\bnode\d\b.*(daemon|lost|Timeout|not responding)"
 )
 
