@@ -131,7 +131,10 @@ def _run_case(launcher: str, fault: str, num_hosts: int, config: Path, reference
 
 def _cells(seen: Seen) -> list[str]:
     ends = "runs on" if seen.exit_seconds is None else f"{seen.exit_seconds:.0f} s"
-    codes = f" ({', '.join(map(str, seen.exit_codes))})" if seen.exit_codes else ""
+    ended = [str(code) for code in seen.exit_codes if code is not None]
+    codes = f" ({', '.join(ended)})" if ended else ""
+    if ended and seen.exit_seconds is None:
+        ends, codes = f"{seen.ended_seconds:.0f} s", f"{codes} on one host, runs on on the other"
     left = ", ".join(entry.partition(":")[0] for entry in seen.left) or "none"
     first = ""
     if seen.first_step_seconds is not None:

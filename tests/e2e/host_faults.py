@@ -105,6 +105,16 @@ def wait_all(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> li
     return [process.returncode for process in processes]
 
 
+def wait_any(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> bool:
+    """Whether one of them has ended within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while all(process.poll() is None for process in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def pid_of(run_dir: Path, rank: int) -> int:
     """As its own host counts."""
     pid: int = json.loads(heartbeat_path(run_dir, rank).read_text())["pid"]
@@ -206,7 +216,8 @@ class Seen:
     num_hosts: int  # with a rank each
     # From the fault to the launcher's end, or until the supervisor had stopped all ranks.
     exit_seconds: float | None = None
-    exit_codes: list[int] = field(default_factory=list)
+    exit_codes: list[int | None] = field(default_factory=list)  # None: still runs
+    ended_seconds: float | None = None  # of several commands, the first that ended
     message: str = ""  # the line that says what happened
     left: list[str] = field(default_factory=list)  # ranks that the launcher left behind
     resumed_ranks: int = 0
@@ -248,9 +259,12 @@ def inject(
         before = len(log.read_text())
         begin, begin_unix = time.monotonic(), time.time()
         with FAULTS[fault](hosts, nodes[-1], run_dir, len(nodes) - 1):  # type: ignore[attr-defined]
-            codes = wait_all(processes, 300 if launcher == "supervise" else LAUNCHER_SECONDS)
+            bound = begin + (300 if launcher == "supervise" else LAUNCHER_SECONDS)
+            if wait_any(processes, bound - time.monotonic()):
+                seen.ended_seconds = round(time.monotonic() - begin, 1)
+            codes = wait_all(processes, bound - time.monotonic())
             seen.exit_seconds = None if codes is None else round(time.monotonic() - begin, 1)
-            seen.exit_codes = codes or []
+            seen.exit_codes = [process.poll() for process in processes]
             if codes is not None:
                 # A host without its cable ends what it has by itself, or does not.
                 time.sleep(2)
