@@ -159,6 +159,19 @@ class QuantizedLinear:
         for layer in layers:
             layer.prepare_weight()
 
+    def is_prepared(self) -> bool:
+        """Whether a forward pass now would find what `prepare_weight` computes."""
+        return self._prepared_for is not None and self._prepared_for == self._made_for()
+
+    def use_codes(self, codes: Ternary) -> None:
+        """Multiply by these codes, which somebody else made of the weight, until it changes.
+
+        The weight itself need not be there then: the λ = 1 passes read its shape and dtype only.
+        """
+        assert self.strength == TERNARY and self._kernels is not None
+        self.prepared = PreparedWeight(codes, None, None)
+        self._prepared_for = self._made_for()
+
     def forget_weight(self) -> None:
         """The weight has changed, or is about to."""
         self.prepared = self._prepared_for = None

@@ -1,0 +1,189 @@
+"""Ternary codes of matrices whose fp32 masters are spread over data-parallel ranks.
+
+ZeRO cuts one flat tensor, in which the matrices lie one after the other, into a partition for each
+rank, anywhere. Each rank quantizes what it has, and packed codes travel instead of 16-bit weights:
+two bits an element, and one fp64 sum a matrix for its scale (absmean), which is exact in any order
+(`exact_sum`), so that codes and scales are bitwise those of the whole matrix on one rank.
+
+Shapes: M matrices; N elements of this rank's partition; R ranks; B bytes that a rank sends.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bitscale.quant.pack import pack_2bit, unpack_2bit
+from bitscale.quant.quantizer import exact_sum
+from bitscale.quant.reference import Ternary
+
+_CODES_PER_BYTE = 4
+# Elements that are quantized at a time: their fp64 copies take eight bytes each.
+_CHUNK = 2**18
+
+
+class Piece(NamedTuple):
+    """A flat range of one matrix that lies in one rank's partition."""
+
+    matrix: int
+    start: int  # in the flattened matrix
+    numel: int
+    rank: int
+    place: int  # in the rank's partition
+    byte: int  # where its packed codes begin in what the rank sends
+
+    @property
+    def num_bytes(self) -> int:
+        return -(-self.numel // _CODES_PER_BYTE)
+
+
+@dataclass(frozen=True)
+class Partitioned:
+    """How the matrices of one flat tensor are spread over the ranks of `group`."""
+
+    shapes: tuple[torch.Size, ...]
+    pieces: tuple[Piece, ...]
+    num_bytes: int  # that every rank sends: those of the rank with the most
+    group: dist.ProcessGroup
+    rank: int
+
+    @property
+    def num_ranks(self) -> int:
+        return self.group.size()
+
+    def own(self) -> list[Piece]:
+        """What lies in this rank's partition; nothing, where it holds padding only."""
+        return [piece for piece in self.pieces if piece.rank == self.rank]
+
+
+def partitioned(
+    shapes: Sequence[torch.Size],
+    starts: Sequence[int],
+    partition_size: int,
+    group: dist.ProcessGroup,
+) -> Partitioned:
+    """Matrices of `shapes` that begin at `starts` of a flat tensor, cut every `partition_size`."""
+    pieces: list[Piece] = []
+    sent = [0] * group.size()
+    for matrix, (shape, first) in enumerate(zip(shapes, starts, strict=True)):
+        position, end = first, first + shape.numel()
+        while position < end:
+            rank, place = divmod(position, partition_size)
+            numel = min(end - position, partition_size - place)
+            piece = Piece(matrix, position - first, numel, rank, place, sent[rank])
+            pieces.append(piece)
+            sent[rank] += piece.num_bytes
+            position += numel
+    return Partitioned(tuple(shapes), tuple(pieces), max(sent), group, group.rank())
+
+
+def gather_codes(
+    masters_N: Tensor,
+    layout: Partitioned,
+    dtype: torch.dtype,
+    eps: float,
+    scale_group: dist.ProcessGroup | None = None,
+) -> list[Ternary]:
+    """Codes int8 and absmean scale of every matrix, on every rank (a collective).
+
+    `masters_N` (fp32, this rank's partition) are rounded to `dtype`, in which the weights would
+    be, before they are quantized. `scale_group`: tensor-parallel ranks, each with an equally laid
+    out part of the same logical matrices; the scales are then those of the whole ones.
+    """
+    scales_M = _scales(masters_N, layout, dtype, eps, scale_group)
+    if layout.num_ranks == 1:
+        codes = [_codes_of(piece, masters_N, scales_M, dtype) for piece in layout.pieces]
+    else:
+        sent_B = masters_N.new_empty(layout.num_bytes, dtype=torch.uint8)
+        for piece in layout.own():
+            _pack(_codes_of(piece, masters_N, scales_M, dtype), sent_B, piece)
+        packed_RB = sent_B.new_empty((layout.num_ranks, layout.num_bytes))
+        dist.all_gather_into_tensor(packed_RB.view(-1), sent_B, group=layout.group)
+        codes = _unpack_all(packed_RB, layout)
+    return [
+        Ternary(flat.view(shape), scale)
+        for flat, shape, scale in zip(codes, layout.shapes, scales_M.unbind(), strict=True)
+    ]
+
+
+def gather_matrix(
+    masters_N: Tensor, layout: Partitioned, dtype: torch.dtype, matrix: int
+) -> Tensor:
+    """One whole matrix in `dtype`, on every rank (a collective)."""
+    shape = layout.shapes[matrix]
+    flat = masters_N.new_empty(shape.numel(), dtype=dtype)
+    for piece in layout.pieces:
+        if piece.matrix != matrix:
+            continue
+        there = flat[piece.start : piece.start + piece.numel]
+        if piece.rank == layout.rank:
+            there.copy_(masters_N[piece.place : piece.place + piece.numel])
+        if layout.num_ranks > 1:
+            source = dist.get_global_rank(layout.group, piece.rank)
+            dist.broadcast(there, source, group=layout.group)
+    return flat.view(shape)
+
+
+def _scales(
+    masters_N: Tensor,
+    layout: Partitioned,
+    dtype: torch.dtype,
+    eps: float,
+    scale_group: dist.ProcessGroup | None,
+) -> Tensor:
+    """fp32 [M]: as quant/scales.py for tensor-parallel shards, and in the same arithmetic."""
+    totals_M = masters_N.new_zeros(len(layout.shapes), dtype=torch.float64)
+    for piece in layout.own():
+        for w in masters_N[piece.place : piece.place + piece.numel].split(_CHUNK):
+            totals_M[piece.matrix] += exact_sum(w.to(dtype).abs())[0]
+    if layout.num_ranks > 1:
+        dist.all_reduce(totals_M, group=layout.group)
+    counts_M = totals_M.new_tensor([float(shape.numel()) for shape in layout.shapes])
+    if scale_group is not None:
+        both = torch.stack([totals_M, counts_M])
+        dist.all_reduce(both, group=scale_group)
+        totals_M, counts_M = both.unbind()
+    # clamp() lets a NaN through, which must stay visible.
+    return (totals_M / counts_M).float().clamp(min=eps)
+
+
+def _codes_of(piece: Piece, masters_N: Tensor, scales_M: Tensor, dtype: torch.dtype) -> Tensor:
+    """int8 [numel]: 1 where 2 w > s, −1 where −2 w > s, else 0.
+
+    The same as clip(round(w / s), −1, 1) half to even (the proof is in kernels/triton_weight.py),
+    without a division; of a NaN it is 0, and the scale is NaN.
+    """
+    scale = scales_M[piece.matrix]
+    codes = masters_N.new_empty(piece.numel, dtype=torch.int8)
+    masters = masters_N[piece.place : piece.place + piece.numel]
+    for w, out in zip(masters.split(_CHUNK), codes.split(_CHUNK), strict=True):
+        twice = w.to(dtype).float() * 2.0
+        torch.sub((twice > scale).view(torch.int8), (-twice > scale).view(torch.int8), out=out)
+    return codes
+
+
+def _pack(codes: Tensor, sent_B: Tensor, piece: Piece) -> None:
+    missing = -piece.numel % _CODES_PER_BYTE
+    if missing:
+        codes = torch.nn.functional.pad(codes, (0, missing))
+    out = sent_B[piece.byte : piece.byte + piece.num_bytes].view(1, -1)
+    pack_2bit(codes.view(_CODES_PER_BYTE, -1), checked=False, out=out)
+
+
+def _unpack_all(packed_RB: Tensor, layout: Partitioned) -> list[Tensor]:
+    """int8 codes of each matrix, flat."""
+    codes = [
+        packed_RB.new_empty(shape.numel(), dtype=torch.int8)  # each with memory of its own
+        for shape in layout.shapes
+    ]
+    for piece in layout.pieces:
+        packed = packed_RB[piece.rank, piece.byte : piece.byte + piece.num_bytes].view(1, -1)
+        there = codes[piece.matrix][piece.start : piece.start + piece.numel]
+        if piece.numel % _CODES_PER_BYTE:
+            there.copy_(unpack_2bit(packed, checked=False).flatten()[: piece.numel])
+        else:
+            unpack_2bit(packed, checked=False, out=there.view(_CODES_PER_BYTE, -1))
+    return codes
