@@ -44,7 +44,7 @@ class TernaryGather:
         self._flat: Tensor = self._flats()[group_index]
         self._partitions: list[Tensor] = self._all_partitions()[group_index]
         views = [layer.weight.data for layer in self._layers]
-        self._starts = [v.storage_offset() - self._flat.storage_offset() for v in views]
+        self._starts = [int(v.storage_offset() - self._flat.storage_offset()) for v in views]
         shared = {v.untyped_storage().data_ptr() for v in (*views, *self._partitions)}
         assert shared == {self._flat.untyped_storage().data_ptr()}, "weights beside the flat tensor"
         group = wrapper.real_dp_process_group[group_index]
@@ -141,6 +141,7 @@ class TernaryGather:
 
     def _masters(self) -> Tensor:
         """fp32 [N]: this rank's partition."""
+        masters_N: Tensor
         (masters_N,) = self._optimizer.param_groups[self._index]["params"]
         return masters_N.detach()
 

@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bitscale.quant.pack import pack_2bit, unpack_2bit
+from bitscale.quant.kernels import cpu_rows
+from bitscale.quant.pack import pack_2bit, runs_in_c, unpack_2bit
 from bitscale.quant.quantizer import exact_sum
 from bitscale.quant.reference import Ternary
 
 _CODES_PER_BYTE = 4
 # Elements that are quantized at a time: their fp64 copies take eight bytes each.
-_CHUNK = 2**18
+_CHUNK = 2**20
 
 
 class Piece(NamedTuple):
@@ -34,6 +35,10 @@ class Piece(NamedTuple):
     rank: int
     place: int  # in the rank's partition
     byte: int  # where its packed codes begin in what the rank sends
+
+    def of(self, partition_N: Tensor) -> Tensor:
+        """The piece's elements, [numel], of its rank's partition."""
+        return partition_N[self.place : self.place + self.numel]
 
     @property
     def num_bytes(self) -> int:
@@ -120,7 +125,7 @@ def gather_matrix(
             continue
         there = flat[piece.start : piece.start + piece.numel]
         if piece.rank == layout.rank:
-            there.copy_(masters_N[piece.place : piece.place + piece.numel])
+            there.copy_(piece.of(masters_N))
         if layout.num_ranks > 1:
             source = dist.get_global_rank(layout.group, piece.rank)
             dist.broadcast(there, source, group=layout.group)
@@ -137,8 +142,8 @@ def _scales(
     """fp32 [M]: as quant/scales.py for tensor-parallel shards, and in the same arithmetic."""
     totals_M = masters_N.new_zeros(len(layout.shapes), dtype=torch.float64)
     for piece in layout.own():
-        for w in masters_N[piece.place : piece.place + piece.numel].split(_CHUNK):
-            totals_M[piece.matrix] += exact_sum(w.to(dtype).abs())[0]
+        for w_N in torch.split(piece.of(masters_N), _CHUNK):
+            totals_M[piece.matrix] += _sum_of_magnitudes(w_N.to(dtype))
     if layout.num_ranks > 1:
         dist.all_reduce(totals_M, group=layout.group)
     counts_M = totals_M.new_tensor([float(shape.numel()) for shape in layout.shapes])
@@ -151,18 +156,33 @@ def _scales(
 
 
 def _codes_of(piece: Piece, masters_N: Tensor, scales_M: Tensor, dtype: torch.dtype) -> Tensor:
-    """int8 [numel]: 1 where 2 w > s, −1 where −2 w > s, else 0.
+    """int8 [numel]."""
+    codes = masters_N.new_empty(piece.numel, dtype=torch.int8)
+    chunks = zip(torch.split(piece.of(masters_N), _CHUNK), torch.split(codes, _CHUNK), strict=True)
+    for w_N, codes_N in chunks:
+        _write_codes(w_N.to(dtype), scales_M[piece.matrix], codes_N)
+    return codes
+
+
+def _sum_of_magnitudes(w_N: Tensor) -> Tensor:
+    """fp64 scalar, the same in any order of summation."""
+    if runs_in_c(w_N, "auto"):
+        return cpu_rows.sum_of_magnitudes(w_N)
+    return exact_sum(w_N.abs())[0]
+
+
+def _write_codes(w_N: Tensor, scale: Tensor, codes_N: Tensor) -> None:
+    """1 where 2 w > s, −1 where −2 w > s, else 0.
 
     The same as clip(round(w / s), −1, 1) half to even (the proof is in kernels/triton_weight.py),
     without a division; of a NaN it is 0, and the scale is NaN.
     """
-    scale = scales_M[piece.matrix]
-    codes = masters_N.new_empty(piece.numel, dtype=torch.int8)
-    masters = masters_N[piece.place : piece.place + piece.numel]
-    for w, out in zip(masters.split(_CHUNK), codes.split(_CHUNK), strict=True):
-        twice = w.to(dtype).float() * 2.0
-        torch.sub((twice > scale).view(torch.int8), (-twice > scale).view(torch.int8), out=out)
-    return codes
+    if runs_in_c(w_N, "auto"):
+        cpu_rows.write_codes(w_N, scale, codes_N)
+        return
+    twice_N = w_N.float() * 2.0
+    is_plus, is_minus = twice_N > scale, -twice_N > scale
+    torch.sub(is_plus.view(torch.int8), is_minus.view(torch.int8), out=codes_N)
 
 
 def _pack(codes: Tensor, sent_B: Tensor, piece: Piece) -> None:
