@@ -87,7 +87,8 @@ def memory(layout: Layout, stage: Stage, phase: Phase) -> Memory:
     matrices = [m.numel for m in cost.block_matrices(cfg.model, layout.tp)]
     table = held.embedding or held.head
     largest = max(table, *matrices)
-    weights, gathered_elements = float(b * held.total), 0.0
+    weights = float(b * (held.total - layout.exchanged_codes(stage, phase)))
+    gathered_elements = 0.0
     if zero == 3:
         persistent = persistent_elements(layout, stage)
         weights = b * (share + persistent)

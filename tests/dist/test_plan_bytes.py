@@ -46,6 +46,8 @@ CASES = {
     "stage 1, fp32": (1, "fp32", {}, "none"),
     "stage 1, bf16": (1, "bf16", {}, "none"),
     "stage 2, bf16": (2, "bf16", {}, "full"),
+    "stage 1, bf16, codes": (1, "bf16", {}, "none"),
+    "stage 2, bf16, codes": (2, "bf16", {}, "full"),
     "stage 3, small weights kept": (3, "bf16", {}, "none"),
     "stage 3, half kept": (3, "bf16", HALF_KEPT, "none"),
     "stage 3, nothing kept, recomputed": (3, "bf16", FORGETFUL, "full"),
@@ -136,7 +138,9 @@ def live_bytes(engine: TrainEngine) -> Counter[str]:
     return found
 
 
-def config(stage: int, dtype: str, zero: dict[str, int], checkpointing: str) -> Config:
+def config(
+    stage: int, dtype: str, zero: dict[str, int], checkpointing: str, *, codes: bool = False
+) -> Config:
     zero = {"reduce_bucket_size": BUCKET} | zero
     return tiny_config(
         stage,
@@ -144,7 +148,7 @@ def config(stage: int, dtype: str, zero: dict[str, int], checkpointing: str) -> 
         model=MODEL,
         data={"seq_len": 32},
         train={"micro_batch_size": 2, "activation_checkpointing": checkpointing},
-        engine={"deepspeed": {"zero_optimization": zero}},
+        engine={"deepspeed": {"zero_optimization": zero}, "ternary_gather": codes},
     )
 
 
@@ -188,7 +192,7 @@ def test_bytes_that_live_and_bytes_that_are_sent(
     case: str, world_of: Callable[[int], World], corpus_prefix: Any
 ) -> None:
     stage, dtype, zero, checkpointing = CASES[case]
-    cfg = config(stage, dtype, zero, checkpointing)
+    cfg = config(stage, dtype, zero, checkpointing, codes="codes" in case)
     most, sent, kept = world_of(2).run(measure, cfg, corpus_prefix)[0]
     memory, payload, checkpoint = planned(cfg)
     expected = dict(memory.parts)

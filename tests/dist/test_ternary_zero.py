@@ -143,7 +143,7 @@ def test_the_same_training_to_the_bit(
     world_of: Callable[[int], World], corpus_prefix: Path, case: Case
 ) -> None:
     """Losses, gradient norms, masters, moments, weights, evaluations and telemetry."""
-    world_of(case.world_size).run(compare, case, corpus_prefix)
+    world_of(case.world_size).run(compare, case, corpus_prefix, seconds=230.0)
 
 
 # --- Checkpoints, and the way back to 16 bit ---
