@@ -338,6 +338,13 @@ def _check_ternary_gather(cfg: Config) -> None:
             f"engine.ternary_gather=true with engine.zero_stage={stage}, which {reason}; use "
             "engine.zero_stage=1 or 2, or ternary_gather=false"
         )
+    if cfg.parallel.pp > 1 and cfg.train.dtype == "fp32":
+        raise ConfigError(
+            f"engine.ternary_gather=true with parallel.pp={cfg.parallel.pp} and train.dtype='fp32':"
+            " DeepSpeed's fp32 optimizer needs equally many parameter groups in every pipeline "
+            "stage, which groups of ternary matrices would not be; use train.dtype=bf16, or "
+            "ternary_gather=false"
+        )
     if kernel_measure(quant_spec(cfg.quant)) != "absmean":
         raise ConfigError(
             f"engine.ternary_gather=true with quant.preset={cfg.quant.preset!r}: ranks add up "

@@ -49,7 +49,9 @@ class TernaryGather:
         assert shared == {self._flat.untyped_storage().data_ptr()}, "weights beside the flat tensor"
         group = wrapper.real_dp_process_group[group_index]
         shapes = [v.shape for v in views]
-        self._layout = partitioned(shapes, self._starts, self._partitions[0].numel(), group)
+        self._layout = partitioned(
+            shapes, self._starts, self._partitions[0].numel(), group, self._flat.device
+        )
         self._dtype, self._num_bytes = self._flat.dtype, self._flat.untyped_storage().nbytes()
         # What the weights show while they are not there: one NaN, seen as a matrix. Whoever reads
         # it notices.

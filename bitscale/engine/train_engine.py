@@ -168,7 +168,9 @@ class TrainEngine:
         norm is added up must not depend on that)."""
         decayed, others = decayed_and_not(self._optimized())
         of_layers = {id(layer.weight) for _, layer in bit_linears(self.module)}
-        if self.stage not in (1, 2):
+        # In fp32 the norm is reduced once a group over all model-parallel ranks, and pipeline
+        # stages without an embedding would have fewer groups than the others: a deadlock.
+        if self.stage not in (1, 2) or (self.mesh.pp_size > 1 and self.cfg.train.dtype == "fp32"):
             of_layers = set()
         ternary = [p for p in decayed if id(p) in of_layers]
         decayed = [p for p in decayed if id(p) not in of_layers]

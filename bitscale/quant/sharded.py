@@ -22,8 +22,8 @@ from bitscale.quant.quantizer import exact_sum
 from bitscale.quant.reference import Ternary
 
 _CODES_PER_BYTE = 4
-# Elements that are quantized at a time: their fp64 copies take eight bytes each.
-_CHUNK = 2**20
+# Elements that are quantized at a time: a rounded copy of each, and in PyTorch one of 8 bytes.
+_CHUNK = {"cpu": 2**20, "cuda": 2**24}
 
 
 class Piece(NamedTuple):
@@ -50,6 +50,7 @@ class Partitioned:
     """How the matrices of one flat tensor are spread over the ranks of `group`."""
 
     shapes: tuple[torch.Size, ...]
+    counts_M: Tensor  # fp64 elements of each matrix, where the masters are
     pieces: tuple[Piece, ...]
     num_bytes: int  # that every rank sends: those of the rank with the most
     group: dist.ProcessGroup
@@ -69,8 +70,10 @@ def partitioned(
     starts: Sequence[int],
     partition_size: int,
     group: dist.ProcessGroup,
+    device: torch.device,
 ) -> Partitioned:
-    """Matrices of `shapes` that begin at `starts` of a flat tensor, cut every `partition_size`."""
+    """Matrices of `shapes` that begin at `starts` of a flat tensor on `device`, cut every
+    `partition_size` elements."""
     pieces: list[Piece] = []
     sent = [0] * group.size()
     for matrix, (shape, first) in enumerate(zip(shapes, starts, strict=True)):
@@ -82,7 +85,8 @@ def partitioned(
             pieces.append(piece)
             sent[rank] += piece.num_bytes
             position += numel
-    return Partitioned(tuple(shapes), tuple(pieces), max(sent), group, group.rank())
+    counts_M = torch.tensor([shape.numel() for shape in shapes], dtype=torch.float64, device=device)
+    return Partitioned(tuple(shapes), counts_M, tuple(pieces), max(sent), group, group.rank())
 
 
 def gather_codes(
@@ -142,11 +146,11 @@ def _scales(
     """fp32 [M]: as quant/scales.py for tensor-parallel shards, and in the same arithmetic."""
     totals_M = masters_N.new_zeros(len(layout.shapes), dtype=torch.float64)
     for piece in layout.own():
-        for w_N in torch.split(piece.of(masters_N), _CHUNK):
+        for w_N in _chunks(piece.of(masters_N)):
             totals_M[piece.matrix] += _sum_of_magnitudes(w_N.to(dtype))
     if layout.num_ranks > 1:
         dist.all_reduce(totals_M, group=layout.group)
-    counts_M = totals_M.new_tensor([float(shape.numel()) for shape in layout.shapes])
+    counts_M = layout.counts_M
     if scale_group is not None:
         both = torch.stack([totals_M, counts_M])
         dist.all_reduce(both, group=scale_group)
@@ -158,10 +162,14 @@ def _scales(
 def _codes_of(piece: Piece, masters_N: Tensor, scales_M: Tensor, dtype: torch.dtype) -> Tensor:
     """int8 [numel]."""
     codes = masters_N.new_empty(piece.numel, dtype=torch.int8)
-    chunks = zip(torch.split(piece.of(masters_N), _CHUNK), torch.split(codes, _CHUNK), strict=True)
+    chunks = zip(_chunks(piece.of(masters_N)), _chunks(codes), strict=True)
     for w_N, codes_N in chunks:
         _write_codes(w_N.to(dtype), scales_M[piece.matrix], codes_N)
     return codes
+
+
+def _chunks(flat: Tensor) -> Sequence[Tensor]:
+    return torch.split(flat, _CHUNK[flat.device.type])
 
 
 def _sum_of_magnitudes(w_N: Tensor) -> Tensor:

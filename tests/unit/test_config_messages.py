@@ -131,6 +131,10 @@ COMBINATION_ERRORS = {
         ["engine.ternary_gather=true", "quant={preset: b158, granularity: row}"],
         ["quant.preset='b158'", "without overrides"],
     ),
+    "ternary gather in fp32 stages": (
+        ["engine.ternary_gather=true", "parallel.pp=2", "train.dtype=fp32"],
+        ["parallel.pp=2", "train.dtype='fp32'", "equally many parameter groups", "dtype=bf16"],
+    ),
     "ternary gather and offloaded masters": (
         [
             "engine.ternary_gather=true",
