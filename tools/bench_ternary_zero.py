@@ -4,11 +4,12 @@
     python tools/bench_ternary_zero.py --ranks 4 --set engine.zero_stage=2 model.d_model=768
     python tools/bench_ternary_zero.py --json out.json
 
-Both contenders are worlds of gloo ranks with the same decoder, bf16 and random tokens, at λ = 1.
-They take turns step by step, so that a slow minute of the machine hits both. For each rank:
+The contenders are worlds of gloo ranks with the same decoder, bf16 and random tokens, at λ = 1: a
+16-bit copy of each ternary matrix on every rank, codes in int8, packed codes. They take turns step
+by step, so that a slow minute of the machine hits all. For each rank:
 bytes of the storages that hold weights and codes (between steps, and within one), the largest
 resident set of a ternary step, what a step's collectives carry, and the step's time. The losses of
-both must be the same to the bit, or the exit code is 1.
+all must be the same to the bit, or the exit code is 1.
 """
 
 import argparse
@@ -47,6 +48,11 @@ train: {steps: 1000, global_batch_size: 4, micro_batch_size: 1, dtype: bf16}
 optim: {lr: 1e-4}
 engine: {device: cpu, num_threads: 1, zero_stage: 1}
 """
+CONTENDERS = {
+    "16-bit copy": (),
+    "codes, int8": ("ternary_gather",),
+    "codes, packed": ("ternary_gather", "packed_codes"),
+}
 MIB = 2**20
 
 
@@ -84,8 +90,9 @@ def storage_bytes(values: Iterable[Tensor]) -> int:
 def weight_bytes(engine: TrainEngine) -> int:
     """Of 16-bit weights and codes, of ternary matrices only, that this rank holds now."""
     layers = [layer for _, layer in bit_linears(engine.module)]
-    codes = [layer.prepared.codes.codes_FD for layer in layers if layer.prepared is not None]
-    return storage_bytes([layer.weight.data for layer in layers]) + storage_bytes(codes)
+    weights = [layer.weight.data for layer in layers]
+    codes = [(p.codes, p.packed) for layer in layers if (p := layer.prepared) is not None]
+    return storage_bytes(weights) + storage_bytes(tensors(codes))
 
 
 def peak_rss() -> int:
@@ -214,8 +221,8 @@ def main() -> int:
     base = Path(os.environ.get("TMPDIR", "/tmp")) / f"bench-ternary-zero-{os.getpid()}.yaml"
     base.write_text(DEFAULTS, encoding="utf-8")
     contenders = {}
-    for name, on in (("16-bit copy", "false"), ("codes only", "true")):
-        cfg = load_config(base, [*args.set, f"engine.ternary_gather={on}"])
+    for name, keys in CONTENDERS.items():
+        cfg = load_config(base, [*args.set, *(f"engine.{key}=true" for key in keys)])
         contenders[name] = Contender(cfg, args.ranks)
     base.unlink()
     plan = [{"ternary": False}, {}, {"counted": True}, *[{} for _ in range(args.repeats)]]
@@ -224,7 +231,7 @@ def main() -> int:
         for contender in contenders.values():
             contender.step(**told)
     found = {name: summary(c, args.repeats) for name, c in contenders.items()}
-    sizes = contenders["codes only"].sizes
+    sizes = contenders["16-bit copy"].sizes
     for contender in contenders.values():
         contender.close()
     losses = [figures.pop("losses") for figures in found.values()]
@@ -232,7 +239,7 @@ def main() -> int:
         "contenders": found,
         "sizes": sizes,
         "ranks": args.ranks,
-        "losses_are_the_same_bits": losses[0] == losses[1],
+        "losses_are_the_same_bits": all(of == losses[0] for of in losses),
         **provenance(f"{os.cpu_count()} CPU cores", PACKAGES),
     }
     if args.json:

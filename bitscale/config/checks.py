@@ -330,6 +330,11 @@ def _check_parallel(cfg: Config) -> None:
 
 def _check_ternary_gather(cfg: Config) -> None:
     if not cfg.engine.ternary_gather:
+        if cfg.engine.packed_codes:
+            raise ConfigError(
+                "engine.packed_codes=true with engine.ternary_gather=false, where codes are made "
+                "of 16-bit weights and never packed; set ternary_gather=true, or packed_codes=false"
+            )
         return
     stage = cfg.engine.zero_stage
     if stage not in (1, 2):

@@ -33,14 +33,17 @@ class TernaryGather:
         group_index: int,
         layers: Sequence[QuantizedLinear],
         scale_group: dist.ProcessGroup | None,
+        *,
+        packed: bool,
     ) -> None:
         """`wrapper`: DeepSpeed's optimizer object; `optimizer`: torch's, inside it.
 
-        `layers`: those whose weights are the group; `scale_group`: the ranks that share them.
+        `layers`: those whose weights are the group; `scale_group`: the ranks that share them;
+        `packed`: the layers keep their codes in two bits, and unpack them for each pass.
         """
         self._layers, self._scale_group = list(layers), scale_group
         self._wrapper, self._index = wrapper, group_index
-        self._optimizer = optimizer
+        self._optimizer, self._packed = optimizer, packed
         self._flat: Tensor = self._flats()[group_index]
         self._partitions: list[Tensor] = self._all_partitions()[group_index]
         views = [layer.weight.data for layer in self._layers]
@@ -75,7 +78,7 @@ class TernaryGather:
             self._masters(), self._layout, self._dtype, self._eps(), self._scale_group
         )
         for layer, ternary in zip(self._layers, codes, strict=True):
-            layer.use_codes(ternary)
+            layer.use_codes(ternary if self._packed else ternary.unpack())
 
     @contextmanager
     def own_gather(self) -> Iterator[None]:

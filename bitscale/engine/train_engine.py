@@ -186,7 +186,14 @@ class TrainEngine:
         layers = [layer for _, layer in bit_linears(self.module) if layer.weight.requires_grad]
         if not indices:
             return None
-        return TernaryGather(self._wrapper, self._optimizer, indices[0], layers, self.mesh.tp_group)
+        return TernaryGather(
+            self._wrapper,
+            self._optimizer,
+            indices[0],
+            layers,
+            self.mesh.tp_group,
+            packed=self.cfg.engine.packed_codes,
+        )
 
     def _fetch_weights(self) -> None:
         """What `_prepare_weights` reads is there from now on, or needs no preparing (a collective

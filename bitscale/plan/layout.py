@@ -110,8 +110,7 @@ class Layout:
         """Elements of ternary matrices of which ranks exchange codes and keep no 16-bit copy."""
         if phase != "ternary" or not self.cfg.engine.ternary_gather:
             return 0
-        matrices = cost.block_matrices(self.cfg.model, self.tp)
-        return stage.num_layers * sum(matrix.numel for matrix in matrices)
+        return self.parameters(stage).matrices
 
     def tied_copy(self, stage: Stage) -> int:
         """Elements of the last stage's copy of the embedding, which no optimizer of it holds."""

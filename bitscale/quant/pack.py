@@ -14,13 +14,38 @@ logged), "cpu" (C, or an error) or "reference" (the plain PyTorch below, the spe
 Shapes: F rows, D columns.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from bitscale.quant.kernels import get_kernels
+from bitscale.quant.reference import Ternary
 
 NOT_TERNARY = "codes outside {-1, 0, 1} do not fit into a ternary layout"
 TRITS_PER_BYTE = 5
+CODES_PER_BYTE = 4
+
+
+class PackedTernary(NamedTuple):
+    """A matrix in two bits a code, as consecutive flat pieces, and its scale."""
+
+    pieces: tuple[Tensor, ...]  # uint8, each of `pack_2bit` as 4 rows, padded at its end
+    sizes: tuple[int, ...]  # codes in each piece
+    shape: torch.Size
+    scale: Tensor  # fp32 scalar
+
+    def unpack(self) -> Ternary:
+        """int8 codes in memory of their own."""
+        codes = self.scale.new_empty(self.shape.numel(), dtype=torch.int8)
+        parts = torch.split(codes, list(self.sizes))
+        for packed, part in zip(self.pieces, parts, strict=True):
+            fields = packed.view(1, -1)
+            if part.numel() % CODES_PER_BYTE:
+                part.copy_(unpack_2bit(fields, checked=False).flatten()[: part.numel()])
+            else:
+                unpack_2bit(fields, checked=False, out=part.view(CODES_PER_BYTE, -1))
+        return Ternary(codes.view(self.shape), self.scale)
 
 
 def pack_2bit(

@@ -17,11 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bitscale.quant.kernels import cpu_rows
-from bitscale.quant.pack import pack_2bit, runs_in_c, unpack_2bit
+from bitscale.quant.pack import CODES_PER_BYTE, PackedTernary, pack_2bit, runs_in_c
 from bitscale.quant.quantizer import exact_sum
-from bitscale.quant.reference import Ternary
 
-_CODES_PER_BYTE = 4
 # Elements that are quantized at a time: a rounded copy of each, and in PyTorch one of 8 bytes.
 _CHUNK = {"cpu": 2**20, "cuda": 2**24}
 
@@ -42,7 +40,7 @@ class Piece(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        return -(-self.numel // _CODES_PER_BYTE)
+        return -(-self.numel // CODES_PER_BYTE)
 
 
 @dataclass(frozen=True)
@@ -95,26 +93,32 @@ def gather_codes(
     dtype: torch.dtype,
     eps: float,
     scale_group: dist.ProcessGroup | None = None,
-) -> list[Ternary]:
-    """Codes int8 and absmean scale of every matrix, on every rank (a collective).
+) -> list[PackedTernary]:
+    """Codes and absmean scale of every matrix, on every rank (a collective).
 
     `masters_N` (fp32, this rank's partition) are rounded to `dtype`, in which the weights would
     be, before they are quantized. `scale_group`: tensor-parallel ranks, each with an equally laid
     out part of the same logical matrices; the scales are then those of the whole ones.
     """
     scales_M = _scales(masters_N, layout, dtype, eps, scale_group)
-    if layout.num_ranks == 1:
-        codes = [_codes_of(piece, masters_N, scales_M, dtype) for piece in layout.pieces]
-    else:
-        sent_B = masters_N.new_empty(layout.num_bytes, dtype=torch.uint8)
-        for piece in layout.own():
-            _pack(_codes_of(piece, masters_N, scales_M, dtype), sent_B, piece)
+    sent_B = masters_N.new_empty(layout.num_bytes, dtype=torch.uint8)
+    for piece in layout.own():
+        _pack(_codes_of(piece, masters_N, scales_M, dtype), sent_B, piece)
+    packed_RB = sent_B[None]
+    if layout.num_ranks > 1:
         packed_RB = sent_B.new_empty((layout.num_ranks, layout.num_bytes))
         dist.all_gather_into_tensor(packed_RB.view(-1), sent_B, group=layout.group)
-        codes = _unpack_all(packed_RB, layout)
+    pieces: list[list[Piece]] = [[] for _ in layout.shapes]
+    for piece in layout.pieces:
+        pieces[piece.matrix].append(piece)
     return [
-        Ternary(flat.view(shape), scale)
-        for flat, shape, scale in zip(codes, layout.shapes, scales_M.unbind(), strict=True)
+        PackedTernary(
+            tuple(packed_RB[p.rank, p.byte : p.byte + p.num_bytes] for p in own),
+            tuple(p.numel for p in own),
+            shape,
+            scale,
+        )
+        for own, shape, scale in zip(pieces, layout.shapes, scales_M.unbind(), strict=True)
     ]
 
 
@@ -194,24 +198,8 @@ def _write_codes(w_N: Tensor, scale: Tensor, codes_N: Tensor) -> None:
 
 
 def _pack(codes: Tensor, sent_B: Tensor, piece: Piece) -> None:
-    missing = -piece.numel % _CODES_PER_BYTE
+    missing = -piece.numel % CODES_PER_BYTE
     if missing:
         codes = torch.nn.functional.pad(codes, (0, missing))
     out = sent_B[piece.byte : piece.byte + piece.num_bytes].view(1, -1)
-    pack_2bit(codes.view(_CODES_PER_BYTE, -1), checked=False, out=out)
-
-
-def _unpack_all(packed_RB: Tensor, layout: Partitioned) -> list[Tensor]:
-    """int8 codes of each matrix, flat."""
-    codes = [
-        packed_RB.new_empty(shape.numel(), dtype=torch.int8)  # each with memory of its own
-        for shape in layout.shapes
-    ]
-    for piece in layout.pieces:
-        packed = packed_RB[piece.rank, piece.byte : piece.byte + piece.num_bytes].view(1, -1)
-        there = codes[piece.matrix][piece.start : piece.start + piece.numel]
-        if piece.numel % _CODES_PER_BYTE:
-            there.copy_(unpack_2bit(packed, checked=False).flatten()[: piece.numel])
-        else:
-            unpack_2bit(packed, checked=False, out=there.view(_CODES_PER_BYTE, -1))
-    return codes
+    pack_2bit(codes.view(CODES_PER_BYTE, -1), checked=False, out=out)

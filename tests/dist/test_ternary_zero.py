@@ -52,6 +52,7 @@ class Case(NamedTuple):
     tp: int = 1
     pp: int = 1
     schedule: str = "1f1b"
+    packed: bool = False
 
     def config(self, *, on: bool) -> Config:
         # Sizes that ranks do not divide: matrices lie across the cuts.
@@ -59,15 +60,20 @@ class Case(NamedTuple):
         parallel = {"tp": self.tp, "pp": self.pp, "pipeline_schedule": self.schedule}
         changes: dict[str, Any] = {"model": {"num_layers": 4}} if self.pp > 1 else {}
         return make(
-            self.stage, self.dtype, parallel=parallel, engine=ON if on else {}, **changes
+            self.stage,
+            self.dtype,
+            parallel=parallel,
+            engine=ON | {"packed_codes": self.packed} if on else {},
+            **changes,
         )
 
 
 def cases() -> list[Any]:
-    quick = [Case(1, 1, "fp32"), Case(2, 1, "bf16"), Case(4, 2, "bf16")]
+    quick = [Case(1, 1, "fp32"), Case(2, 1, "bf16"), Case(4, 2, "bf16", packed=True)]
     every = [Case(n, s, d) for n in (1, 2, 4) for s in (1, 2) for d in ("bf16", "fp32")]
     shared = [Case(2, 1, "bf16", tp=2), Case(4, 2, "bf16", tp=2), Case(4, 1, "bf16", pp=2)]
     shared += [Case(4, 1, "bf16", tp=2, pp=2), Case(2, 1, "bf16", pp=2, schedule="dualpipev")]
+    shared += [Case(4, 1, "bf16", tp=2, packed=True), Case(4, 1, "bf16", pp=2, packed=True)]
     slow = [case for case in every if case not in quick] + shared
     return quick + [pytest.param(case, marks=pytest.mark.slow) for case in slow]
 
@@ -239,7 +245,8 @@ def check_cuts(mesh: Mesh) -> None:
             padded = torch.nn.functional.pad(flat, (0, 4 * size - flat.numel()))
             own = padded[mesh.rank * size : (mesh.rank + 1) * size]
             layout = sharded.partitioned([m.shape for m in whole], starts, size, group, own.device)
-            codes = sharded.gather_codes(own, layout, dtype, 1e-5)
+            packed = sharded.gather_codes(own, layout, dtype, 1e-5)
+            codes = [matrix.unpack() for matrix in packed]
             for index, (matrix, ours) in enumerate(zip(whole, codes, strict=True)):
                 theirs = get_kernels("reference", "cpu").ternarize(matrix, "absmean", 1e-5)
                 assert torch.equal(ours.codes_FD, theirs.codes_FD), (dtype, size, index)

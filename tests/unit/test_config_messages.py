@@ -119,6 +119,10 @@ COMBINATION_ERRORS = {
         ["engine.ternary_gather=true", "engine.zero_stage=0", "train.dtype=fp32"],
         ["engine.zero_stage=0", "whole masters on every rank", "zero_stage=1 or 2"],
     ),
+    "packed codes that nobody packs": (
+        ["engine.packed_codes=true"],
+        ["engine.packed_codes=true", "engine.ternary_gather=false", "set ternary_gather=true"],
+    ),
     "ternary gather of layers": (
         ["engine.ternary_gather=true", "engine.zero_stage=3"],
         ["engine.zero_stage=3", "layer by layer", "ternary_gather=false"],
