@@ -225,19 +225,20 @@ def test_two_bits_a_weight_are_sent_and_no_sixteen(
 # --- Codes of any cut ---
 
 
-def matrices(dtype: torch.dtype) -> list[Tensor]:
+def matrices() -> list[Tensor]:
+    """Masters; in bf16 some of the largest lie on the other side of a rounding boundary."""
     generator = torch.Generator().manual_seed(0)
-    normal = [torch.randn(s, generator=generator) * 0.02 for s in ((5, 7), (16, 24), (1, 3))]
+    normal = [torch.randn(s, generator=generator) * 0.02 for s in ((5, 7), (64, 96), (1, 3))]
     ties = torch.tensor([[1.0, -1.0, 3.0], [-3.0, 1.0, 3.0]])  # s = 2, of which 1 is the half
     spoilt = [torch.tensor([[0.1, torch.nan, -0.2, 0.3]]), torch.tensor([[torch.inf, -1.0]])]
     tiny = [torch.zeros(3, 3), torch.full((2, 2), 1e-7)]
-    return [m.to(dtype).float() for m in (*normal, ties, *spoilt, *tiny)]
+    return [*normal, ties, *spoilt, *tiny]
 
 
 def check_cuts(mesh: Mesh) -> None:
     group = torch.distributed.group.WORLD
     for dtype in (torch.bfloat16, torch.float32):
-        whole = matrices(dtype)
+        whole = matrices()
         flat = torch.cat([m.flatten() for m in whole])
         starts = [sum(m.numel() for m in whole[:i]) for i in range(len(whole))]
         # Fair shares; two ranks that have everything; one rank; cuts inside of bytes.
@@ -248,7 +249,7 @@ def check_cuts(mesh: Mesh) -> None:
             packed = sharded.gather_codes(own, layout, dtype, 1e-5)
             codes = [matrix.unpack() for matrix in packed]
             for index, (matrix, ours) in enumerate(zip(whole, codes, strict=True)):
-                theirs = get_kernels("reference", "cpu").ternarize(matrix, "absmean", 1e-5)
+                theirs = get_kernels("reference", "cpu").ternarize(matrix.to(dtype), "absmean", 1e-5)
                 assert torch.equal(ours.codes_FD, theirs.codes_FD), (dtype, size, index)
                 assert torch.equal(ours.scale.nan_to_num(9), theirs.scale.nan_to_num(9))
                 again = sharded.gather_matrix(own, layout, dtype, index)
