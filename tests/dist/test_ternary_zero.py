@@ -242,7 +242,7 @@ def check_cuts(mesh: Mesh) -> None:
         flat = torch.cat([m.flatten() for m in whole])
         starts = [sum(m.numel() for m in whole[:i]) for i in range(len(whole))]
         # Fair shares; two ranks that have everything; one rank; cuts inside of bytes.
-        for size in (-(-flat.numel() // 4), -(-flat.numel() // 2), flat.numel(), 131):
+        for size in (-(-flat.numel() // 4), -(-flat.numel() // 2), flat.numel(), 1601):
             padded = torch.nn.functional.pad(flat, (0, 4 * size - flat.numel()))
             own = padded[mesh.rank * size : (mesh.rank + 1) * size]
             layout = sharded.partitioned([m.shape for m in whole], starts, size, group, own.device)
