@@ -61,10 +61,6 @@ class TernaryGather:
         self._nan = torch.full((), torch.nan, dtype=self._dtype, device=self._flat.device)
         self._is_released = False
 
-    @property
-    def is_released(self) -> bool:
-        return self._is_released
-
     @torch.no_grad()
     def prepare(self) -> None:
         """Have what a forward pass at the layers' λ reads (a collective)."""
