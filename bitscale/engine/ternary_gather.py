@@ -6,7 +6,7 @@ leaves its group out of DeepSpeed's gather, and hands the layers codes that rank
 own masters and exchanged in two bits (quant/sharded.py). As soon as λ is another the flat tensor
 comes back, from the masters. All of it happens before a forward pass that needs it, in `prepare`.
 
-With fragments.py the second file that knows DeepSpeed's internal layout (measured with 0.19.8).
+It knows DeepSpeed's internal layout, as fragments.py does (measured with 0.19.8).
 """
 
 import sys
