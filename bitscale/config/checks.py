@@ -14,7 +14,7 @@ from bitscale.config.derived import (
     transition_step,
 )
 from bitscale.config.schema import Config, ModelConfig
-from bitscale.config.spec import SPARSE_BLOCK
+from bitscale.config.spec import SPARSE_BLOCK, kernel_measure
 from bitscale.errors import ConfigError
 
 # DeepSpeed keys that bitscale derives; letting a raw section change them would make the
@@ -34,6 +34,9 @@ _OWNED_DEEPSPEED_KEYS = {
     "comet": "log.comet",
 }
 
+# DeepSpeed's ZeRO options that put the fp32 masters elsewhere.
+_FOREIGN_MASTERS = ("offload_optimizer", "zenflow")
+
 
 def check(cfg: Config) -> None:
     """Raise ConfigError for the first impossible combination."""
@@ -45,6 +48,7 @@ def check(cfg: Config) -> None:
     _check_guard(cfg)
     _check_quant(cfg)
     _check_parallel(cfg)
+    _check_ternary_gather(cfg)
 
 
 def check_world_size(cfg: Config, world_size: int) -> None:
@@ -322,3 +326,41 @@ def _check_parallel(cfg: Config) -> None:
             "pipeline keeps gradients and weights whole (stages 2 and 3 are refused), and clips "
             "wrongly at stage 0; use engine.zero_stage=1"
         )
+
+
+def _check_ternary_gather(cfg: Config) -> None:
+    if not cfg.engine.ternary_gather:
+        if cfg.engine.packed_codes:
+            raise ConfigError(
+                "engine.packed_codes=true with engine.ternary_gather=false, where codes are made "
+                "of 16-bit weights and never packed; set ternary_gather=true, or packed_codes=false"
+            )
+        return
+    stage = cfg.engine.zero_stage
+    if stage not in (1, 2):
+        reason = "keeps whole masters on every rank" if stage == 0 else "gathers layer by layer"
+        raise ConfigError(
+            f"engine.ternary_gather=true with engine.zero_stage={stage}, which {reason}; use "
+            "engine.zero_stage=1 or 2, or ternary_gather=false"
+        )
+    if cfg.parallel.pp > 1 and cfg.train.dtype == "fp32":
+        raise ConfigError(
+            f"engine.ternary_gather=true with parallel.pp={cfg.parallel.pp} and train.dtype='fp32':"
+            " DeepSpeed's fp32 optimizer needs equally many parameter groups in every pipeline "
+            "stage, which groups of ternary matrices would not be; use train.dtype=bf16, or "
+            "ternary_gather=false"
+        )
+    if kernel_measure(quant_spec(cfg.quant)) != "absmean":
+        raise ConfigError(
+            f"engine.ternary_gather=true with quant.preset={cfg.quant.preset!r}: ranks add up "
+            "shares of mean |w|, and only b158's scale is that of a whole matrix with codes that "
+            "kernels multiply; use quant.preset=b158 without overrides, or ternary_gather=false"
+        )
+    zero = cfg.engine.deepspeed.get("zero_optimization", {})
+    for key in _FOREIGN_MASTERS if isinstance(zero, dict) else ():
+        if zero.get(key):
+            raise ConfigError(
+                f"engine.ternary_gather=true with engine.deepspeed.zero_optimization.{key}="
+                f"{json.dumps(zero[key])}: codes are made of masters on the training device; "
+                f"leave {key} out, or set ternary_gather=false"
+            )

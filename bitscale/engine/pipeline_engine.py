@@ -49,10 +49,12 @@ class PipelineEngine(TrainEngine):
         is given the micro-batches, and has the loss."""
         self._set_hyperparameters(lr, weight_decay)
         self._engine.train()
+        self._fetch_weights()
         self._prepare_weights()
         batches = list(micro_batches)
         self._hand_out_targets(batches)
-        loss = self._engine.train_batch(_as_deepspeed_reads(batches))
+        with self._own_gather():
+            loss = self._engine.train_batch(_as_deepspeed_reads(batches))
         self._send_tied_weight()
         forget_weights(self.module)
         grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
@@ -64,6 +66,7 @@ class PipelineEngine(TrainEngine):
 
         One batch after the other: stages wait for each other."""
         self._engine.eval()
+        self._fetch_weights()
         self._prepare_weights()
         input_ids_BS, target_ids_BS, document_ids_BS = self.to_device(batch)
         assert input_ids_BS is not None and target_ids_BS is not None

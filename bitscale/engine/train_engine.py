@@ -21,6 +21,7 @@ from bitscale.engine.fragments import Fragment, is_counted_here
 from bitscale.engine.mpu import ModelParallelUnit
 from bitscale.engine.optimizers import make_optimizer
 from bitscale.engine.own_time import OwnClock, OwnTime, layers_with_parameters
+from bitscale.engine.ternary_gather import TernaryGather
 from bitscale.errors import ConfigError
 from bitscale.mesh import Mesh
 from bitscale.model.bitlinear import bit_linears, forget_weights, prepare_weights, set_kernels
@@ -48,12 +49,8 @@ class TrainEngine:
             # the first of them only.
             counts = shard_of(parameter) is not None and is_counted_here(parameter, mesh)
             parameter.tensor_model_parallel = counts  # type: ignore[attr-defined]
-        groups = zip(decayed_and_not(self._optimized()), (True, False), strict=True)
-        self._optimizer = make_optimizer(
-            cfg.optim,
-            [{"params": params, "decayed": decayed} for params, decayed in groups if params],
-            fused=mesh.device.type == "cuda",
-        )
+        groups = self._parameter_groups()
+        self._optimizer = make_optimizer(cfg.optim, groups, fused=mesh.device.type == "cuda")
         deepspeed = _import_deepspeed(mesh.device.type)
         try:
             # DeepSpeed prints a dozen lines of memory readings on the way.
@@ -78,6 +75,7 @@ class TrainEngine:
         self._own_clock.watch(layers_with_parameters(model) if self.stage == 3 else [model])
         moments = moments_of(cfg.optim)
         fragment_views.create_state(self._wrapper, self._optimizer, self.stage, moments)
+        self._ternary_gather = self._make_ternary_gather() if cfg.engine.ternary_gather else None
 
     def _deepspeed_model(self) -> Any:
         return self.module
@@ -91,6 +89,7 @@ class TrainEngine:
         """Forward and backward over this rank's micro-batches, then one update."""
         self._set_hyperparameters(lr, weight_decay)
         self._engine.train()
+        self._fetch_weights()
         with self._own_clock.running():
             self._prepare_weights()
             batches = list(micro_batches)
@@ -101,7 +100,8 @@ class TrainEngine:
             total += loss.detach().float()
             if micro_batch is batches[-1]:
                 grad_norm = self._replicated_grad_norm() if self.stage == 0 else None
-            self._engine.step()
+            with self._own_gather():
+                self._engine.step()
         forget_weights(self.module)
         if grad_norm is None:
             grad_norm = torch.as_tensor(self._engine.get_global_grad_norm())
@@ -111,6 +111,7 @@ class TrainEngine:
     def token_losses(self, batch: EvaluationBatch) -> Tensor:
         """Nats [B, S] of a held-out batch at the present λ, 0 at padding (a collective)."""
         self._engine.eval()
+        self._fetch_weights()
         self._prepare_weights()
         losses: Tensor = self.module(*self.to_device(batch), reduction="none")
         return losses
@@ -133,19 +134,22 @@ class TrainEngine:
 
     def publish_masters(self) -> None:
         """Make the compute weights follow masters that were written through fragments."""
-        fragment_views.publish_masters(self.module, self._wrapper, self.stage)
+        with self._own_gather():
+            fragment_views.publish_masters(self.module, self._wrapper, self.stage)
         forget_weights(self.module)
 
     @contextlib.contextmanager
     def gathered(self, parameter: nn.Parameter) -> Iterator[Tensor]:
-        """The whole compute weight, on every rank, read-only (a collective at stage 3 and where
-        tensor-parallel ranks share it)."""
+        """The whole compute weight, on every rank, read-only (a collective at stage 3, with
+        `engine.ternary_gather`, and where tensor-parallel ranks share it)."""
         if self.stage == 3:
             import deepspeed
 
             with deepspeed.zero.GatheredParameters(parameter):
                 yield whole_parameter(parameter, self.mesh.tp_group)
-        else:
+            return
+        gather = self._ternary_gather
+        with contextlib.nullcontext() if gather is None else gather.whole(parameter):
             yield whole_parameter(parameter, self.mesh.tp_group)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -159,6 +163,49 @@ class TrainEngine:
     def _optimized(self) -> list[nn.Parameter]:
         """The parameters that this rank's optimizer updates, or has parts of."""
         return list(self.module.parameters())
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Matrices, which decay, and the rest; at stages 1 and 2 ternary matrices on their own,
+        whose gather can then be another (whether it is or not: the order in which the gradient
+        norm is added up must not depend on that)."""
+        decayed, others = decayed_and_not(self._optimized())
+        of_layers = {id(layer.weight) for _, layer in bit_linears(self.module)}
+        # In fp32 the norm is reduced once a group over all model-parallel ranks, and pipeline
+        # stages without an embedding would have fewer groups than the others: a deadlock.
+        if self.stage not in (1, 2) or (self.mesh.pp_size > 1 and self.cfg.train.dtype == "fp32"):
+            of_layers = set()
+        ternary = [p for p in decayed if id(p) in of_layers]
+        decayed = [p for p in decayed if id(p) not in of_layers]
+        return [
+            {"params": params, "decayed": params is not others, "ternary": params is ternary}
+            for params in (decayed, ternary, others)
+            if params
+        ]
+
+    def _make_ternary_gather(self) -> TernaryGather | None:
+        """None if nothing that is trained here is ternary."""
+        indices = [i for i, g in enumerate(self._optimizer.param_groups) if g["ternary"]]
+        layers = [layer for _, layer in bit_linears(self.module) if layer.weight.requires_grad]
+        if not indices:
+            return None
+        return TernaryGather(
+            self._wrapper,
+            self._optimizer,
+            indices[0],
+            layers,
+            self.mesh.tp_group,
+            packed=self.cfg.engine.packed_codes,
+        )
+
+    def _fetch_weights(self) -> None:
+        """What `_prepare_weights` reads is there from now on, or needs no preparing (a collective
+        with `engine.ternary_gather`)."""
+        if self._ternary_gather is not None:
+            self._ternary_gather.prepare()
+
+    def _own_gather(self) -> contextlib.AbstractContextManager[None]:
+        gather = self._ternary_gather
+        return contextlib.nullcontext() if gather is None else gather.own_gather()
 
     def _own_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = {}

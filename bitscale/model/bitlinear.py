@@ -24,7 +24,7 @@ from bitscale.model.norms import BlendedNorm, RMSNorm
 from bitscale.quant.kernels import Kernels, Measure, get_kernels, log_specification
 from bitscale.quant.kernels.linear import ternary_linear
 from bitscale.quant.learned import initial_scale
-from bitscale.quant.pack import unpack_2bit, unpack_base3
+from bitscale.quant.pack import PackedTernary, unpack_2bit, unpack_base3
 from bitscale.quant.quantizer import Codes
 from bitscale.quant.reference import (
     Int8Rows,
@@ -55,6 +55,7 @@ class PreparedWeight(NamedTuple):
     codes: Ternary | None  # λ = 1, on kernels
     blended_FD: Tensor | None  # 0 < λ < 1 (or 16-bit activations), on kernels: w_λ
     specified: Codes | None  # presets that no kernel computes
+    packed: PackedTernary | None = None  # in place of `codes`
 
 
 class QuantizedLinear:
@@ -109,7 +110,7 @@ class QuantizedLinear:
             )
         assert given.strength == self.strength.activation, "the input has another layer's λ"
         if self.strength == TERNARY:
-            codes = weight.codes if weight is not None else self._ternarize()
+            codes = self._ternarize() if weight is None else weight.packed or weight.codes
             assert given.rows is not None and codes is not None
             return ternary_linear(
                 given.x_TD,
@@ -159,6 +160,22 @@ class QuantizedLinear:
         """`prepare_weight` of each; layers shared by ranks have a better way."""
         for layer in layers:
             layer.prepare_weight()
+
+    def is_prepared(self) -> bool:
+        """Whether a forward pass now would find what `prepare_weight` computes."""
+        return self._prepared_for is not None and self._prepared_for == self._made_for()
+
+    def use_codes(self, codes: Ternary | PackedTernary) -> None:
+        """Multiply by these codes, which somebody else made of the weight, until it changes.
+
+        The weight itself need not be there then: the λ = 1 passes read its shape and dtype only.
+        """
+        assert self.strength == TERNARY and self._kernels is not None
+        if isinstance(codes, PackedTernary):
+            self.prepared = PreparedWeight(None, None, None, codes)
+        else:
+            self.prepared = PreparedWeight(codes, None, None)
+        self._prepared_for = self._made_for()
 
     def forget_weight(self) -> None:
         """The weight has changed, or is about to."""

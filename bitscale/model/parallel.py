@@ -37,8 +37,9 @@ from bitscale.model.collectives import (
     sum_and_split_sequence,
     sum_over_group,
 )
-from bitscale.quant.kernels.linear import keep_for_grads, ternary_linear
+from bitscale.quant.kernels.linear import keep_for_grads, ternary_linear, unpacked
 from bitscale.quant.kernels.table import Kernels
+from bitscale.quant.pack import PackedTernary
 from bitscale.quant.reference import (
     MAX_EXACT_INPUTS,
     Int8Rows,
@@ -118,9 +119,10 @@ class ShardedLinear(QuantizedLinear):
         """Whether this pass multiplies integers."""
         return self.kernels is not None and self.strength == TERNARY
 
-    def _codes_now(self) -> Ternary:
-        weight = self._weight()
-        codes = weight.codes if weight is not None else self._prepare().codes  # type: ignore[union-attr]
+    def _codes_now(self) -> Ternary | PackedTernary:
+        weight = self._weight() or self._prepare()
+        assert weight is not None
+        codes = weight.packed or weight.codes
         assert codes is not None
         return codes
 
@@ -209,7 +211,8 @@ class RowParallel(ShardedLinear):
         if num_inputs > MAX_EXACT_INPUTS:
             raise ValueError(f"{num_inputs} inputs exceed {MAX_EXACT_INPUTS}; split the matrix")
         assert given.rows is not None and self.kernels is not None
-        codes = self._codes_now()
+        held = self._codes_now()
+        codes = unpacked(held)
         carrier_TF = keep_for_grads(
             given.x_TD,
             self.weight,
@@ -219,6 +222,7 @@ class RowParallel(ShardedLinear):
             self.kernels,
             self.spec.gradient_bits,
             self._main_grad(),
+            held if isinstance(held, PackedTernary) else None,
         )
         y_TF = _RowProduct.apply(  # type: ignore[no-untyped-call]
             carrier_TF, *given.rows, *codes, self.kernels, self.tp

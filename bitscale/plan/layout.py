@@ -106,6 +106,12 @@ class Layout:
             has_head=stage.has_head,
         )
 
+    def exchanged_codes(self, stage: Stage, phase: Phase) -> int:
+        """Elements of ternary matrices of which ranks exchange codes and keep no 16-bit copy."""
+        if phase != "ternary" or not self.cfg.engine.ternary_gather:
+            return 0
+        return self.parameters(stage).matrices
+
     def tied_copy(self, stage: Stage) -> int:
         """Elements of the last stage's copy of the embedding, which no optimizer of it holds."""
         has_copy = self.cfg.model.tie_embeddings and self.pp > 1 and stage.has_head

@@ -87,7 +87,8 @@ def memory(layout: Layout, stage: Stage, phase: Phase) -> Memory:
     matrices = [m.numel for m in cost.block_matrices(cfg.model, layout.tp)]
     table = held.embedding or held.head
     largest = max(table, *matrices)
-    weights, gathered_elements = float(b * held.total), 0.0
+    weights = float(b * (held.total - layout.exchanged_codes(stage, phase)))
+    gathered_elements = 0.0
     if zero == 3:
         persistent = persistent_elements(layout, stage)
         weights = b * (share + persistent)
@@ -115,6 +116,8 @@ def memory(layout: Layout, stage: Stage, phase: Phase) -> Memory:
     if phase == "ternary" and layout.way == "kernels" and cfg.quant.kernel == "reference":
         tokens = layout.micro_batch_tokens
         workspace += cost.reference_workspace_bytes(cfg.model, at, tokens)
+    if layout.exchanged_codes(stage, phase) and cfg.engine.packed_codes:
+        workspace += max(matrices)  # the int8 codes of one at a time
     # BF16_Optimizer empties them after each pass, and frees them after the step.
     is_passing = b == 2 and (zero >= 2 or layout.num_micro_batches == 1)
     return Memory(
@@ -194,9 +197,12 @@ def _copies(layout: Layout, stage: Stage, phase: Phase) -> float:
     if phase == "16 bit":
         return 0.0
     matrices = layout.parameters(stage).matrices
+    a_step: float
     a_step, a_pass, unprepared = cost.weight_copies(phase, layout.way, b)
     if cfg.engine.zero_stage == 3 or layout.spec.weight.rounding == "stochastic":
         a_step, a_pass = 0, unprepared
+    if layout.exchanged_codes(stage, phase) and cfg.engine.packed_codes:
+        a_step = 0.25
     again = cost.recomputed_matrices(cfg.model, cfg.train.activation_checkpointing, layout.tp)
     num_blocks = stage.in_flight * stage.num_layers
     kept = matrices * stage.in_flight - again * (num_blocks - (num_blocks > 0))

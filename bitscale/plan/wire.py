@@ -41,14 +41,14 @@ class Traffic:
 def traffic(layout: Layout, stage: Stage, phase: Phase) -> list[Traffic]:
     """Of a rank of `stage` during `phase`."""
     everything = (
-        *_data_parallel(layout, stage),
+        *_data_parallel(layout, stage, phase),
         *_tensor_parallel(layout, stage, phase),
         *_pipeline(layout, stage),
     )
     return [t for t in everything if t.num_ranks > 1 and t.payload]
 
 
-def _data_parallel(layout: Layout, stage: Stage) -> Iterator[Traffic]:
+def _data_parallel(layout: Layout, stage: Stage, phase: Phase) -> Iterator[Traffic]:
     zero, passes = layout.cfg.engine.zero_stage, 1
     num_elements = layout.parameters(stage).total - layout.tied_copy(stage)
 
@@ -62,7 +62,10 @@ def _data_parallel(layout: Layout, stage: Stage) -> Iterator[Traffic]:
         # Stage 2 too: DeepSpeed reduces a bucket whole and keeps its share.
         yield over("gradients", "all-reduce", gradients, zero == 2)
     if zero in (1, 2):
-        yield over("updated weights", "gather", float(layout.bytes * num_elements), False)
+        num_codes = layout.exchanged_codes(stage, phase)
+        updated = float(layout.bytes * (num_elements - num_codes))
+        yield over("updated weights", "gather", updated, False)
+        yield over("2-bit codes", "gather", num_codes / 4, False)
     if zero == 3:
         yield over("gradients", "reduce-scatter", gradients, True)
         a_pass = gathered_weights(layout, stage).num_elements

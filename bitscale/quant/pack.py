@@ -14,17 +14,46 @@ logged), "cpu" (C, or an error) or "reference" (the plain PyTorch below, the spe
 Shapes: F rows, D columns.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from bitscale.quant.kernels import get_kernels
+from bitscale.quant.reference import Ternary
 
 NOT_TERNARY = "codes outside {-1, 0, 1} do not fit into a ternary layout"
 TRITS_PER_BYTE = 5
+CODES_PER_BYTE = 4
 
 
-def pack_2bit(codes_FD: Tensor, *, kernel: str = "auto", out: Tensor | None = None) -> Tensor:
+class PackedTernary(NamedTuple):
+    """A matrix in two bits a code, as consecutive flat pieces, and its scale."""
+
+    pieces: tuple[Tensor, ...]  # uint8, each of `pack_2bit` as 4 rows, padded at its end
+    sizes: tuple[int, ...]  # codes in each piece
+    shape: torch.Size
+    scale: Tensor  # fp32 scalar
+
+    def unpack(self) -> Ternary:
+        """int8 codes in memory of their own."""
+        codes = self.scale.new_empty(self.shape.numel(), dtype=torch.int8)
+        parts = torch.split(codes, list(self.sizes))
+        for packed, part in zip(self.pieces, parts, strict=True):
+            fields = packed.view(1, -1)
+            if part.numel() % CODES_PER_BYTE:
+                part.copy_(unpack_2bit(fields, checked=False).flatten()[: part.numel()])
+            else:
+                unpack_2bit(fields, checked=False, out=part.view(CODES_PER_BYTE, -1))
+        return Ternary(codes.view(self.shape), self.scale)
+
+
+def pack_2bit(
+    codes_FD: Tensor, *, kernel: str = "auto", out: Tensor | None = None, checked: bool = True
+) -> Tensor:
     """int8 codes in {-1, 0, 1}, F a multiple of 4 -> uint8 [F/4, D], in `out` if given.
+
+    `checked=False`, for codes that the caller has just computed: a GPU is not waited for.
 
     Raises:
         ValueError: F is not a multiple of 4, or a code is not ternary.
@@ -35,20 +64,26 @@ def pack_2bit(codes_FD: Tensor, *, kernel: str = "auto", out: Tensor | None = No
         from bitscale.quant.kernels import cpu_pack
 
         return valid(cpu_pack.pack_two_bit(codes_FD, out), NOT_TERNARY)
-    quarters = trits_of(codes_FD).chunk(4, dim=0)
+    trits_FD = trits_of(codes_FD) if checked else (codes_FD + 1).view(torch.uint8)
+    quarters = trits_FD.chunk(4, dim=0)
     packed = quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
     return written(packed, out)
 
 
-def unpack_2bit(packed: Tensor, *, kernel: str = "auto", out: Tensor | None = None) -> Tensor:
-    """uint8 [F/4, D] -> int8 codes [F, D]. Raises ValueError on the unused bit pattern 3."""
+def unpack_2bit(
+    packed: Tensor, *, kernel: str = "auto", out: Tensor | None = None, checked: bool = True
+) -> Tensor:
+    """uint8 [F/4, D] -> int8 codes [F, D]. Raises ValueError on the unused bit pattern 3.
+
+    `checked=False`, for what another rank has just packed: a GPU is not waited for.
+    """
     reason = "packed tensor holds the unused bit pattern 3: damaged, or not ternary"
     if runs_in_c(packed, kernel):
         from bitscale.quant.kernels import cpu_pack
 
         return valid(cpu_pack.unpack_two_bit(packed, out), reason)
     fields = torch.cat([(packed >> 2 * i) & 3 for i in range(4)], dim=0)
-    if fields.numel() and int(fields.max()) > 2:
+    if checked and fields.numel() and int(fields.max()) > 2:
         raise ValueError(reason)
     return written(fields.to(torch.int8) - 1, out)
 

@@ -46,6 +46,8 @@ CASES = {
     "stage 1, fp32": (1, "fp32", {}, "none"),
     "stage 1, bf16": (1, "bf16", {}, "none"),
     "stage 2, bf16": (2, "bf16", {}, "full"),
+    "stage 1, bf16, codes": (1, "bf16", {}, "none"),
+    "stage 2, bf16, packed codes": (2, "bf16", {}, "full"),
     "stage 3, small weights kept": (3, "bf16", {}, "none"),
     "stage 3, half kept": (3, "bf16", HALF_KEPT, "none"),
     "stage 3, nothing kept, recomputed": (3, "bf16", FORGETFUL, "full"),
@@ -124,7 +126,7 @@ def live_bytes(engine: TrainEngine) -> Counter[str]:
     places += [("adam", [list(state.values()) for state in engine._optimizer.state.values()])]
     places += [(name, value) for name, value in vars(engine._wrapper).items() if name in PARTS]
     prepared = [layer.prepared for _, layer in bit_linears(engine.module)]
-    places += [("codes", [p.codes for p in prepared if p is not None])]
+    places += [("codes", [(p.codes, p.packed) for p in prepared if p is not None])]
     seen: set[int] = set()
     found: Counter[str] = Counter()
     for name, value in places:
@@ -136,7 +138,9 @@ def live_bytes(engine: TrainEngine) -> Counter[str]:
     return found
 
 
-def config(stage: int, dtype: str, zero: dict[str, int], checkpointing: str) -> Config:
+def config(
+    stage: int, dtype: str, zero: dict[str, int], checkpointing: str, **engine: bool
+) -> Config:
     zero = {"reduce_bucket_size": BUCKET} | zero
     return tiny_config(
         stage,
@@ -144,7 +148,7 @@ def config(stage: int, dtype: str, zero: dict[str, int], checkpointing: str) -> 
         model=MODEL,
         data={"seq_len": 32},
         train={"micro_batch_size": 2, "activation_checkpointing": checkpointing},
-        engine={"deepspeed": {"zero_optimization": zero}},
+        engine={"deepspeed": {"zero_optimization": zero}, **engine},
     )
 
 
@@ -188,7 +192,8 @@ def test_bytes_that_live_and_bytes_that_are_sent(
     case: str, world_of: Callable[[int], World], corpus_prefix: Any
 ) -> None:
     stage, dtype, zero, checkpointing = CASES[case]
-    cfg = config(stage, dtype, zero, checkpointing)
+    codes = {"ternary_gather": "codes" in case, "packed_codes": "packed" in case}
+    cfg = config(stage, dtype, zero, checkpointing, **codes)
     most, sent, kept = world_of(2).run(measure, cfg, corpus_prefix)[0]
     memory, payload, checkpoint = planned(cfg)
     expected = dict(memory.parts)

@@ -234,6 +234,8 @@ def test_hash_changes_with_every_key_that_can_change_results(make_config: MakeCo
             other["parallel"]["tp"] = 2
         if key == "transition.guard.action":
             other["checkpoint"]["every"] = 5
+        if key == "engine.packed_codes":
+            other["engine"]["ternary_gather"] = True
         if key == "parallel.pipeline_schedule":
             other["parallel"]["pp"], other["model"]["num_layers"] = 2, 4
         after = parse_config(other, where=key)

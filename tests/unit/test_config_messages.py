@@ -115,6 +115,37 @@ COMBINATION_ERRORS = {
         ["engine.deepspeed.zero_optimization.stage=2"],
         ["engine.deepspeed.zero_optimization.stage", "set engine.zero_stage instead"],
     ),
+    "ternary gather without shares of masters": (
+        ["engine.ternary_gather=true", "engine.zero_stage=0", "train.dtype=fp32"],
+        ["engine.zero_stage=0", "whole masters on every rank", "zero_stage=1 or 2"],
+    ),
+    "packed codes that nobody packs": (
+        ["engine.packed_codes=true"],
+        ["engine.packed_codes=true", "engine.ternary_gather=false", "set ternary_gather=true"],
+    ),
+    "ternary gather of layers": (
+        ["engine.ternary_gather=true", "engine.zero_stage=3"],
+        ["engine.zero_stage=3", "layer by layer", "ternary_gather=false"],
+    ),
+    "ternary gather of medians": (
+        ["engine.ternary_gather=true", "quant.preset=absmedian"],
+        ["engine.ternary_gather=true", "quant.preset='absmedian'", "use quant.preset=b158"],
+    ),
+    "ternary gather of several scales a matrix": (
+        ["engine.ternary_gather=true", "quant={preset: b158, granularity: row}"],
+        ["quant.preset='b158'", "without overrides"],
+    ),
+    "ternary gather in fp32 stages": (
+        ["engine.ternary_gather=true", "parallel.pp=2", "train.dtype=fp32"],
+        ["parallel.pp=2", "train.dtype='fp32'", "equally many parameter groups", "dtype=bf16"],
+    ),
+    "ternary gather and offloaded masters": (
+        [
+            "engine.ternary_gather=true",
+            "engine.deepspeed.zero_optimization.offload_optimizer={device: cpu}",
+        ],
+        ["zero_optimization.offload_optimizer={", "leave offload_optimizer out"],
+    ),
     "warm-up too long": (["optim.warmup.steps=101"], ["optim.warmup is 101 steps", "run of 100"]),
     "warm-up and decay too long": (
         ["optim.schedule=wsd", "optim.decay.fraction=0.95"],

@@ -33,6 +33,19 @@ def ternarize(w_FD: Tensor, measure: Measure, eps: float) -> Ternary:
     return Ternary(*_ternarize(w_FD.detach(), measure, eps))
 
 
+def sum_of_magnitudes(w_N: Tensor) -> Tensor:
+    """fp64 scalar: twin of `quantizer.exact_sum` of |w|."""
+    partial = torch.empty(_num_blocks(w_N), dtype=torch.float64)
+    _launch_weights("abs_sum", w_N, TILE, partial=partial)
+    return partial.sum()
+
+
+def write_codes(w_N: Tensor, scale: Tensor, codes_N: Tensor) -> None:
+    """Ternary codes of a part of a matrix, by the scale of the whole, to int8 `codes_N`."""
+    assert codes_N.is_contiguous() and codes_N.dtype == torch.int8
+    _launch_weights("ternary_codes", w_N, TILE, codes=codes_N, scale=scale)
+
+
 def blend_weight(w_FD: Tensor, measure: Measure, eps: float, strength: float) -> Tensor:
     """Twin of `plain.blend_weight`."""
     return cast(Tensor, _blend_weight(w_FD.detach(), measure, eps, strength))
@@ -104,9 +117,7 @@ def _scale(w_FD: Tensor, measure: str, eps: float) -> Tensor:
     """fp32 max(mean|w| or lower median|w|, eps)."""
     if measure == "absmedian":
         return _median_magnitude(w_FD).clamp(min=eps)
-    partial = torch.empty(_num_blocks(w_FD), dtype=torch.float64)
-    _launch_weights("abs_sum", w_FD, TILE, partial=partial)
-    return (partial.sum() / w_FD.numel()).clamp(min=eps).float()
+    return (sum_of_magnitudes(w_FD) / w_FD.numel()).clamp(min=eps).float()
 
 
 def _median_magnitude(w_FD: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitscale.quant.kernels.table import GradientBits, Kernels
+from bitscale.quant.pack import PackedTernary
 from bitscale.quant.reference import MAX_EXACT_INPUTS, Int8Rows, Ternary
 
 
@@ -24,7 +25,7 @@ def ternary_linear(
     w_FD: Tensor,
     bias_F: Tensor | None,
     x: Int8Rows,
-    weight: Ternary,
+    weight: Ternary | PackedTernary,
     kernels: Kernels,
     *,
     bits: GradientBits = None,
@@ -36,7 +37,8 @@ def ternary_linear(
     that read one input share its codes `x`, and the codes of a weight serve every micro-batch of
     a step. A weight of several logical matrices has a scale for each output, [F]. Saved for
     backward are the codes and scales: D + 4 bytes a token for each distinct input. `bits`: of the
-    gradient in the backward products (plain_backward.py).
+    gradient in the backward products (plain_backward.py). A packed weight is unpacked here and once
+    more in the backward pass, for which it is kept packed.
 
     With `main_grad_FD` (fp32) the gradient of the weight is added to it. Then `w_FD` receives
     none, unless it has Megatron's attribute `grad_added_to_main_grad`: that is set, and `w_FD`
@@ -50,9 +52,16 @@ def ternary_linear(
             f"{w_FD.shape[1]} inputs exceed {MAX_EXACT_INPUTS}, the most whose int8 x ternary "
             "products fp32 holds exactly; split the matrix"
         )
-    carrier_TF = keep_for_grads(x_TD, w_FD, bias_F, x, weight, kernels, bits, main_grad_FD)
-    y_TF = _Product.apply(carrier_TF, bias_F, *x, *weight, kernels)  # type: ignore[no-untyped-call]
+    codes = unpacked(weight)
+    packed = weight if isinstance(weight, PackedTernary) else None
+    carrier_TF = keep_for_grads(x_TD, w_FD, bias_F, x, codes, kernels, bits, main_grad_FD, packed)
+    y_TF = _Product.apply(carrier_TF, bias_F, *x, *codes, kernels)  # type: ignore[no-untyped-call]
     return cast(Tensor, y_TF)
+
+
+def unpacked(weight: Ternary | PackedTernary) -> Ternary:
+    """As the kernels read it."""
+    return weight.unpack() if isinstance(weight, PackedTernary) else weight
 
 
 def keep_for_grads(
@@ -64,14 +73,17 @@ def keep_for_grads(
     kernels: Kernels,
     bits: GradientBits,
     main_grad_FD: Tensor | None,
+    packed: PackedTernary | None = None,
 ) -> Tensor:
     """A stand-in [T, F] for the product, whose gradient becomes those of x, w and the bias.
+
+    `packed`: the same codes, to be kept in their place.
 
     What these need is saved here, before anything is multiplied, so that activation checkpointing,
     which recomputes up to the last saved tensor, does not multiply (or sum over ranks) again.
     """
     carrier_TF = _Grads.apply(  # type: ignore[no-untyped-call]
-        x_TD, w_FD, bias_F, *x, *weight, kernels, bits, main_grad_FD
+        x_TD, w_FD, bias_F, *x, *weight, kernels, bits, main_grad_FD, packed
     )
     return cast(Tensor, carrier_TF)
 
@@ -101,8 +113,11 @@ class _Grads(torch.autograd.Function):
         kernels: Kernels,
         bits: GradientBits,
         main_grad_FD: Tensor | None,
+        packed: PackedTernary | None,
     ) -> Tensor:
-        ctx.save_for_backward(x_codes_TD, x_scale_T1, w_codes_FD, w_scale)
+        weight = () if packed is not None else (w_codes_FD, w_scale)
+        ctx.save_for_backward(x_codes_TD, x_scale_T1, *weight)
+        ctx.packed = packed
         ctx.kernels, ctx.bits, ctx.main_grad_FD = kernels, bits, main_grad_FD
         ctx.weight_dtype = w_FD.dtype
         ctx.weight = None if main_grad_FD is None else w_FD
@@ -112,10 +127,11 @@ class _Grads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_TF = grads[0]
-        x_codes_TD, x_scale_T1, w_codes_FD, w_scale = ctx.saved_tensors
+        x_codes_TD, x_scale_T1, *weight = ctx.saved_tensors
         grad_x = grad_w = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _input_grad(ctx.kernels, grad_TF, Ternary(w_codes_FD, w_scale), ctx.bits)
+            codes = Ternary(*weight) if ctx.packed is None else ctx.packed.unpack()
+            grad_x = _input_grad(ctx.kernels, grad_TF, codes, ctx.bits)
         if ctx.needs_input_grad[1]:
             rows = Int8Rows(x_codes_TD, x_scale_T1)
             grad_w = ctx.kernels.weight_grad(
@@ -125,7 +141,7 @@ class _Grads(torch.autograd.Function):
                 grad_w = _placeholder_grad(ctx.weight)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_TF.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.weight_dtype)
-        return grad_x, grad_w, grad_bias, None, None, None, None, None, None, None
+        return grad_x, grad_w, grad_bias, *[None] * 8
 
 
 class _Product(torch.autograd.Function):

@@ -1,0 +1,205 @@
+"""Ternary codes of matrices whose fp32 masters are spread over data-parallel ranks.
+
+ZeRO cuts one flat tensor, in which the matrices lie one after the other, into a partition for each
+rank, anywhere. Each rank quantizes what it has, and packed codes travel instead of 16-bit weights:
+two bits an element, and one fp64 sum a matrix for its scale (absmean), which is exact in any order
+(`exact_sum`), so that codes and scales are bitwise those of the whole matrix on one rank.
+
+Shapes: M matrices; N elements of this rank's partition; R ranks; B bytes that a rank sends.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bitscale.quant.kernels import cpu_rows
+from bitscale.quant.pack import CODES_PER_BYTE, PackedTernary, pack_2bit, runs_in_c
+from bitscale.quant.quantizer import exact_sum
+
+# Elements that are quantized at a time: a rounded copy of each, and in PyTorch one of 8 bytes.
+_CHUNK = {"cpu": 2**20, "cuda": 2**24}
+
+
+class Piece(NamedTuple):
+    """A flat range of one matrix that lies in one rank's partition."""
+
+    matrix: int
+    start: int  # in the flattened matrix
+    numel: int
+    rank: int
+    place: int  # in the rank's partition
+    byte: int  # where its packed codes begin in what the rank sends
+
+    def of(self, partition_N: Tensor) -> Tensor:
+        """The piece's elements, [numel], of its rank's partition."""
+        return partition_N[self.place : self.place + self.numel]
+
+    @property
+    def num_bytes(self) -> int:
+        return -(-self.numel // CODES_PER_BYTE)
+
+
+@dataclass(frozen=True)
+class Partitioned:
+    """How the matrices of one flat tensor are spread over the ranks of `group`."""
+
+    shapes: tuple[torch.Size, ...]
+    counts_M: Tensor  # fp64 elements of each matrix, where the masters are
+    pieces: tuple[Piece, ...]
+    num_bytes: int  # that every rank sends: those of the rank with the most
+    group: dist.ProcessGroup
+    rank: int
+
+    @property
+    def num_ranks(self) -> int:
+        return self.group.size()
+
+    def own(self) -> list[Piece]:
+        """What lies in this rank's partition; nothing, where it holds padding only."""
+        return [piece for piece in self.pieces if piece.rank == self.rank]
+
+
+def partitioned(
+    shapes: Sequence[torch.Size],
+    starts: Sequence[int],
+    partition_size: int,
+    group: dist.ProcessGroup,
+    device: torch.device,
+) -> Partitioned:
+    """Matrices of `shapes` that begin at `starts` of a flat tensor on `device`, cut every
+    `partition_size` elements."""
+    pieces: list[Piece] = []
+    sent = [0] * group.size()
+    for matrix, (shape, first) in enumerate(zip(shapes, starts, strict=True)):
+        position, end = first, first + shape.numel()
+        while position < end:
+            rank, place = divmod(position, partition_size)
+            numel = min(end - position, partition_size - place)
+            piece = Piece(matrix, position - first, numel, rank, place, sent[rank])
+            pieces.append(piece)
+            sent[rank] += piece.num_bytes
+            position += numel
+    counts_M = torch.tensor([shape.numel() for shape in shapes], dtype=torch.float64, device=device)
+    return Partitioned(tuple(shapes), counts_M, tuple(pieces), max(sent), group, group.rank())
+
+
+def gather_codes(
+    masters_N: Tensor,
+    layout: Partitioned,
+    dtype: torch.dtype,
+    eps: float,
+    scale_group: dist.ProcessGroup | None = None,
+) -> list[PackedTernary]:
+    """Codes and absmean scale of every matrix, on every rank (a collective).
+
+    `masters_N` (fp32, this rank's partition) are rounded to `dtype`, in which the weights would
+    be, before they are quantized. `scale_group`: tensor-parallel ranks, each with an equally laid
+    out part of the same logical matrices; the scales are then those of the whole ones.
+    """
+    scales_M = _scales(masters_N, layout, dtype, eps, scale_group)
+    sent_B = masters_N.new_empty(layout.num_bytes, dtype=torch.uint8)
+    for piece in layout.own():
+        _pack(_codes_of(piece, masters_N, scales_M, dtype), sent_B, piece)
+    packed_RB = sent_B[None]
+    if layout.num_ranks > 1:
+        packed_RB = sent_B.new_empty((layout.num_ranks, layout.num_bytes))
+        dist.all_gather_into_tensor(packed_RB.view(-1), sent_B, group=layout.group)
+    pieces: list[list[Piece]] = [[] for _ in layout.shapes]
+    for piece in layout.pieces:
+        pieces[piece.matrix].append(piece)
+    return [
+        PackedTernary(
+            tuple(packed_RB[p.rank, p.byte : p.byte + p.num_bytes] for p in own),
+            tuple(p.numel for p in own),
+            shape,
+            scale,
+        )
+        for own, shape, scale in zip(pieces, layout.shapes, scales_M.unbind(), strict=True)
+    ]
+
+
+def gather_matrix(
+    masters_N: Tensor, layout: Partitioned, dtype: torch.dtype, matrix: int
+) -> Tensor:
+    """One whole matrix in `dtype`, on every rank (a collective)."""
+    shape = layout.shapes[matrix]
+    flat = masters_N.new_empty(shape.numel(), dtype=dtype)
+    for piece in layout.pieces:
+        if piece.matrix != matrix:
+            continue
+        there = flat[piece.start : piece.start + piece.numel]
+        if piece.rank == layout.rank:
+            there.copy_(piece.of(masters_N))
+        if layout.num_ranks > 1:
+            source = dist.get_global_rank(layout.group, piece.rank)
+            dist.broadcast(there, source, group=layout.group)
+    return flat.view(shape)
+
+
+def _scales(
+    masters_N: Tensor,
+    layout: Partitioned,
+    dtype: torch.dtype,
+    eps: float,
+    scale_group: dist.ProcessGroup | None,
+) -> Tensor:
+    """fp32 [M]: as quant/scales.py for tensor-parallel shards, and in the same arithmetic."""
+    totals_M = masters_N.new_zeros(len(layout.shapes), dtype=torch.float64)
+    for piece in layout.own():
+        for w_N in _chunks(piece.of(masters_N)):
+            totals_M[piece.matrix] += _sum_of_magnitudes(w_N.to(dtype))
+    if layout.num_ranks > 1:
+        dist.all_reduce(totals_M, group=layout.group)
+    counts_M = layout.counts_M
+    if scale_group is not None:
+        both = torch.stack([totals_M, counts_M])
+        dist.all_reduce(both, group=scale_group)
+        totals_M, counts_M = both.unbind()
+    # clamp() lets a NaN through, which must stay visible.
+    return (totals_M / counts_M).float().clamp(min=eps)
+
+
+def _codes_of(piece: Piece, masters_N: Tensor, scales_M: Tensor, dtype: torch.dtype) -> Tensor:
+    """int8 [numel]."""
+    codes = masters_N.new_empty(piece.numel, dtype=torch.int8)
+    chunks = zip(_chunks(piece.of(masters_N)), _chunks(codes), strict=True)
+    for w_N, codes_N in chunks:
+        _write_codes(w_N.to(dtype), scales_M[piece.matrix], codes_N)
+    return codes
+
+
+def _chunks(flat: Tensor) -> Sequence[Tensor]:
+    return torch.split(flat, _CHUNK[flat.device.type])
+
+
+def _sum_of_magnitudes(w_N: Tensor) -> Tensor:
+    """fp64 scalar, the same in any order of summation."""
+    if runs_in_c(w_N, "auto"):
+        return cpu_rows.sum_of_magnitudes(w_N)
+    return exact_sum(w_N.abs())[0]
+
+
+def _write_codes(w_N: Tensor, scale: Tensor, codes_N: Tensor) -> None:
+    """1 where 2 w > s, −1 where −2 w > s, else 0.
+
+    The same as clip(round(w / s), −1, 1) half to even (the proof is in kernels/triton_weight.py),
+    without a division; of a NaN it is 0, and the scale is NaN.
+    """
+    if runs_in_c(w_N, "auto"):
+        cpu_rows.write_codes(w_N, scale, codes_N)
+        return
+    twice_N = w_N.float() * 2.0
+    is_plus, is_minus = twice_N > scale, -twice_N > scale
+    torch.sub(is_plus.view(torch.int8), is_minus.view(torch.int8), out=codes_N)
+
+
+def _pack(codes: Tensor, sent_B: Tensor, piece: Piece) -> None:
+    missing = -piece.numel % CODES_PER_BYTE
+    if missing:
+        codes = torch.nn.functional.pad(codes, (0, missing))
+    out = sent_B[piece.byte : piece.byte + piece.num_bytes].view(1, -1)
+    pack_2bit(codes.view(CODES_PER_BYTE, -1), checked=False, out=out)

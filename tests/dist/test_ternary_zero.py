@@ -1,0 +1,271 @@
+"""Training without a 16-bit copy of ternary matrices: the same bits, on fewer bytes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from test_fragments import same
+from test_layouts import save
+from test_plan_bytes import CountPayload
+from tiny_runs import (
+    NUM_STEPS,
+    TERNARY_STEP,
+    TRANSITION_STEP,
+    make_batches,
+    make_engine,
+    micro_batches,
+    odd_config,
+    tiny_config,
+    train_step,
+    whole_state,
+)
+from torch import Tensor
+from world import World
+
+from bitscale import checkpoint
+from bitscale.config import Config, num_kv_heads
+from bitscale.data.batches import evaluation_batches
+from bitscale.data.shards import TokenShard
+from bitscale.engine import TrainEngine
+from bitscale.mesh import Mesh, share_model
+from bitscale.model.bitlinear import bit_linears, set_strength
+from bitscale.quant import sharded
+from bitscale.quant.kernels import get_kernels
+from bitscale.quant.schedule import TERNARY
+from bitscale.telemetry import TernaryTelemetry
+from bitscale.train import restore
+from bitscale.transition import begin_transition
+
+pytestmark = pytest.mark.dist
+
+ON = {"ternary_gather": True}
+# One element: a NaN that stands for a matrix.
+ABSENT_BYTES = {"bf16": 2, "fp32": 4}
+
+
+class Case(NamedTuple):
+    world_size: int
+    stage: int
+    dtype: str
+    tp: int = 1
+    pp: int = 1
+    schedule: str = "1f1b"
+    packed: bool = False
+
+    def config(self, *, on: bool) -> Config:
+        # Sizes that ranks do not divide: matrices lie across the cuts.
+        make = odd_config if self.tp * self.pp == 1 else tiny_config
+        parallel = {"tp": self.tp, "pp": self.pp, "pipeline_schedule": self.schedule}
+        changes: dict[str, Any] = {"model": {"num_layers": 4}} if self.pp > 1 else {}
+        return make(
+            self.stage,
+            self.dtype,
+            parallel=parallel,
+            engine=ON | {"packed_codes": self.packed} if on else {},
+            **changes,
+        )
+
+
+def cases() -> list[Any]:
+    quick = [Case(1, 1, "fp32"), Case(2, 1, "bf16"), Case(4, 2, "bf16", packed=True)]
+    every = [Case(n, s, d) for n in (1, 2, 4) for s in (1, 2) for d in ("bf16", "fp32")]
+    shared = [Case(2, 1, "bf16", tp=2), Case(4, 2, "bf16", tp=2), Case(4, 1, "bf16", pp=2)]
+    shared += [Case(4, 1, "bf16", tp=2, pp=2), Case(2, 1, "bf16", pp=2, schedule="dualpipev")]
+    shared += [Case(4, 1, "bf16", tp=2, packed=True), Case(4, 1, "bf16", pp=2, packed=True)]
+    slow = [case for case in every if case not in quick] + shared
+    return quick + [pytest.param(case, marks=pytest.mark.slow) for case in slow]
+
+
+class Seen(NamedTuple):
+    """What a run says of itself, to be compared as it is."""
+
+    steps: list[tuple[float, float]]  # loss and gradient norm
+    held_out: list[Tensor]
+    figures: list[Any]
+    weights: dict[str, Tensor]
+
+
+def run(mesh: Mesh, cfg: Config, corpus: Path) -> tuple[Seen, Any]:
+    """The whole run through the transition, with evaluations and telemetry between its steps."""
+    engine = make_engine(cfg, mesh)
+    batches = make_batches(cfg, corpus, mesh.dp_rank, mesh.dp_size)
+    telemetry = TernaryTelemetry(engine.module)
+    seen = Seen([], [], [], {})
+    for step in range(NUM_STEPS):
+        if step == TRANSITION_STEP:
+            begin_transition(engine, mesh, "keep")
+        seen.steps.append(train_step(engine, batches, step, mesh))
+        assert_resident(engine, step >= TERNARY_STEP and cfg.engine.ternary_gather)
+        if step in (1, TRANSITION_STEP + 1, TERNARY_STEP, TERNARY_STEP + 1):
+            seen.held_out.append(held_out(engine, corpus, mesh))
+            seen.figures.append(telemetry.read(engine.gathered, compute=True))
+            seen.held_out.append(held_out(engine, corpus, mesh))
+    for name, parameter in engine.module.named_parameters():
+        with engine.gathered(parameter) as whole:
+            seen.weights[name] = whole.clone()
+    return seen, whole_state(engine, mesh)
+
+
+def held_out(engine: TrainEngine, corpus: Path, mesh: Mesh) -> Tensor:
+    (batch,) = evaluation_batches(
+        TokenShard(corpus), seq_len=8, batch_size=2, dp_rank=0, dp_size=1, max_batches=1
+    )
+    size = engine.cfg.model.vocab_size or 0
+    return engine.token_losses(
+        batch._replace(
+            input_ids_BS=batch.input_ids_BS % size, target_ids_BS=batch.target_ids_BS % size
+        )
+    )
+
+
+def assert_resident(engine: TrainEngine, is_absent: bool) -> None:
+    """The flat 16-bit tensor of the ternary matrices is there, or has no bytes."""
+    absent = ABSENT_BYTES[engine.cfg.train.dtype]
+    for name, layer in bit_linears(engine.module):
+        assert (layer.weight.untyped_storage().nbytes() == absent) == is_absent, name
+        assert bool(layer.weight.isnan().all()) == is_absent, "whoever reads it notices"
+    if engine._ternary_gather is not None:
+        flat = engine._ternary_gather._flat
+        expected = 0 if is_absent else flat.numel() * flat.element_size()
+        assert flat.untyped_storage().nbytes() == expected
+
+
+def compare(mesh: Mesh, case: Case, corpus: Path) -> None:
+    mesh = share_model(mesh, case.tp, num_kv_heads(case.config(on=True)), case.pp)
+    plain, plain_state = run(mesh, case.config(on=False), corpus)
+    ours, our_state = run(mesh, case.config(on=True), corpus)
+    assert ours.steps == plain.steps
+    assert {norm > 0.97 for _, norm in ours.steps} == {True, False}, "clipped in some steps"
+    assert all(map(torch.equal, ours.held_out, plain.held_out))
+    assert ours.figures == plain.figures
+    assert [n for n in plain_state if not same(plain_state[n], our_state[n])] == []
+    assert [n for n, w in plain.weights.items() if not torch.equal(w, ours.weights[n])] == []
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: "-".join(map(str, case)))
+def test_the_same_training_to_the_bit(
+    world_of: Callable[[int], World], corpus_prefix: Path, case: Case
+) -> None:
+    """Losses, gradient norms, masters, moments, weights, evaluations and telemetry."""
+    world_of(case.world_size).run(compare, case, corpus_prefix, seconds=230.0)
+
+
+# --- Checkpoints, and the way back to 16 bit ---
+
+
+def there_and_back(mesh: Mesh, root: Path, corpus: Path) -> None:
+    """A checkpoint of 16 bit and one of λ = 1, from either kind of run, continued by either."""
+    engines = [make_engine(Case(2, 2, "bf16").config(on=on), mesh) for on in (False, True)]
+    batches = make_batches(engines[0].cfg, corpus, mesh.dp_rank, mesh.dp_size)
+    last, states, readers = NUM_STEPS - 1, [], []
+    for index, engine in enumerate(engines):
+        for step in range(last):
+            if step in (2, TERNARY_STEP + 1):
+                folder = root / f"{index}-{step}"
+                save(engine, mesh, folder, step, engine.fragments())
+                readers.append((step, checkpoint.Reader(checkpoint.resolve(folder))))
+            train_step(engine, batches, step, mesh)
+        states.append(whole_state(engine, mesh))
+    # Now both are ternary, and go back: to either kind of weights, of either kind of run.
+    for step, reader in readers:
+        for engine in engines:
+            for fragment in engine.fragments():
+                fragment.master.fill_(torch.nan)
+            engine.publish_masters()
+            result = engine.train_step(micro_batches(engine.cfg, batches, 0), lr=0, weight_decay=0)
+            assert result.loss.isnan()
+            restore(engine, mesh, reader)
+            for later in range(step, last):
+                train_step(engine, batches, later, mesh)
+            again = whole_state(engine, mesh)
+            for state in states:
+                assert [n for n in state if not same(state[n], again[n])] == []
+
+
+def test_checkpoints_and_rollback_to_16_bit(
+    world_of: Callable[[int], World], tmp_path: Path, corpus_prefix: Path
+) -> None:
+    world_of(2).run(there_and_back, tmp_path, corpus_prefix)
+
+
+# --- Bytes ---
+
+
+def sent_in_a_ternary_step(mesh: Mesh, cfg: Config, corpus: Path) -> tuple[int, int, int]:
+    """(gathered bytes, ternary elements, other elements)."""
+    engine = make_engine(cfg, mesh)
+    batches = make_batches(cfg, corpus, mesh.dp_rank, mesh.dp_size)
+    set_strength(engine.module, TERNARY)
+    steps = [micro_batches(cfg, batches, step) for step in range(2)]
+    engine.train_step(steps[0], lr=1e-3, weight_decay=0.0)
+    with CountPayload("allgather", ignored=0) as counted:
+        engine.train_step(steps[1], lr=1e-3, weight_decay=0.0)
+    num_ternary = sum(layer.weight.numel() for _, layer in bit_linears(engine.module))
+    num_others = sum(p.numel() for p in engine.module.parameters()) - num_ternary
+    return counted.payload["allgather"], num_ternary, num_others
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_bits_a_weight_are_sent_and_no_sixteen(
+    world_of: Callable[[int], World], corpus_prefix: Path, stage: int
+) -> None:
+    sent = {}
+    for on in (False, True):
+        cfg = tiny_config(stage, "bf16", engine=ON if on else {})
+        (sent[on], num_ternary, num_others), _ = world_of(2).run(
+            sent_in_a_ternary_step, cfg, corpus_prefix
+        )
+    padding = 64
+    assert 0 <= sent[False] - 2 * (num_ternary + num_others) <= padding
+    assert 0 <= sent[True] - (num_ternary // 4 + 2 * num_others) <= padding
+
+
+# --- Codes of any cut ---
+
+
+def matrices() -> list[Tensor]:
+    """Masters; in bf16 some of the largest lie on the other side of a rounding boundary."""
+    generator = torch.Generator().manual_seed(0)
+    normal = [torch.randn(s, generator=generator) * 0.02 for s in ((5, 7), (64, 96), (1, 3))]
+    ties = torch.tensor([[1.0, -1.0, 3.0], [-3.0, 1.0, 3.0]])  # s = 2, of which 1 is the half
+    spoilt = [torch.tensor([[0.1, torch.nan, -0.2, 0.3]]), torch.tensor([[torch.inf, -1.0]])]
+    tiny = [torch.zeros(3, 3), torch.full((2, 2), 1e-7)]
+    return [*normal, ties, *spoilt, *tiny]
+
+
+def check_cuts(mesh: Mesh) -> None:
+    group = torch.distributed.group.WORLD
+    for dtype in (torch.bfloat16, torch.float32):
+        whole = matrices()
+        flat = torch.cat([m.flatten() for m in whole])
+        starts = [sum(m.numel() for m in whole[:i]) for i in range(len(whole))]
+        # Fair shares; two ranks that have everything; one rank; cuts inside of bytes.
+        for size in (-(-flat.numel() // 4), -(-flat.numel() // 2), flat.numel(), 1601):
+            padded = torch.nn.functional.pad(flat, (0, 4 * size - flat.numel()))
+            own = padded[mesh.rank * size : (mesh.rank + 1) * size]
+            layout = sharded.partitioned([m.shape for m in whole], starts, size, group, own.device)
+            packed = sharded.gather_codes(own, layout, dtype, 1e-5)
+            codes = [matrix.unpack() for matrix in packed]
+            for index, (matrix, ours) in enumerate(zip(whole, codes, strict=True)):
+                theirs = get_kernels("reference", "cpu").ternarize(matrix.to(dtype), "absmean", 1e-5)
+                assert torch.equal(ours.codes_FD, theirs.codes_FD), (dtype, size, index)
+                assert torch.equal(ours.scale.nan_to_num(9), theirs.scale.nan_to_num(9))
+                again = sharded.gather_matrix(own, layout, dtype, index)
+                assert torch.equal(again.nan_to_num(9), matrix.to(dtype).nan_to_num(9))
+
+
+def check_cuts_with_and_without_c(mesh: Mesh) -> None:
+    check_cuts(mesh)
+    in_c = sharded.runs_in_c
+    sharded.runs_in_c = lambda tensor, kernel: False
+    try:
+        check_cuts(mesh)
+    finally:
+        sharded.runs_in_c = in_c
+
+
+def test_codes_of_any_cut_are_those_of_the_whole(world_of: Callable[[int], World]) -> None:
+    """Uneven and empty partitions, matrices over several ranks, halves, NaN and infinity."""
+    world_of(4).run(check_cuts_with_and_without_c)
