@@ -7,9 +7,9 @@
 For each point, in 16 bit and ternary: processor seconds of a step (of the busiest rank, one thread
 each; medians), the most bytes of tensors alive at once, and bytes sent by a rank, beside what
 `bitscale plan` predicts for a "cpu" of its table: the shortest time at peak rates without waiting
-for others, memory, bytes. All points but those of "tokens" accumulate micro-batches of 2 sequences up to
-8; there a step is one micro-batch. Ranks are processes of this machine (gloo): their wall-clock time says
-nothing, as they share its cores. Some minutes.
+for others, memory, bytes. All points but those of "tokens" accumulate micro-batches of 2 sequences
+up to 8; there a step is one micro-batch. Ranks are processes of this machine (gloo): their
+wall-clock time says nothing, as they share its cores. Some minutes.
 """
 
 import argparse
