@@ -3,7 +3,9 @@
     python tools/bench_data.py                                # the documentation inside Python
     python tools/bench_data.py --text /path/to/texts --workers 2 --repeats 5 --json out.json
 
-Three ways from the same JSON lines to tokens, in turns, each in processes of its own; medians:
+Three ways from the same JSON lines to tokens, in turns, each in processes of its own; medians.
+Processor seconds (of all processes of a way, without the imports of the first) hardly depend on
+what else the machine does; wall-clock seconds do.
 
 - limit: one process that holds the texts in memory and encodes them in one call on all threads;
   nothing is read or written meanwhile. Its time leaves imports and reading out.
@@ -53,10 +55,11 @@ def limit(lines: Path, tokenizer_file: Path, workers: int) -> dict[str, float]:
 
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file))
     texts = [json.loads(line)["text"] for line in lines.open(encoding="utf-8")]
-    start = time.perf_counter()
+    start, begun = time.perf_counter(), processor_seconds()
     ids = tokenizer.encode(texts, num_threads=workers)
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "tokens": sum(map(len, ids)) + len(ids)}
+    seconds, busy = time.perf_counter() - start, processor_seconds() - begun
+    tokens = sum(map(len, ids)) + len(ids)
+    return {"seconds": seconds, "tokens": tokens, "processor_seconds": busy}
 
 
 class Encoder:
@@ -115,8 +118,16 @@ def work(way: str, folder: Path, workers: int) -> None:
         found = limit(lines, tokenizer_file, workers)
     else:
         write = {"megatron": megatron, "bitscale": bitscale}[way]
+        begun = processor_seconds()
         found = write(lines, tokenizer_file, workers, folder / way)
+        found["processor_seconds"] = processor_seconds() - begun
     print(json.dumps(found))
+
+
+def processor_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 # --- Measuring ---
@@ -182,15 +193,19 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
         return statistics.median(found[key] for found in results[way])
 
     lines = [
-        "| way | tokens/s | of the limit | whole process s | start-up s | peak MiB |",
-        "|---|---|---|---|---|---|",
+        "| way | tokens/s | of the limit | tokens a processor second | of the limit | "
+        "whole process s | start-up s | peak MiB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     best = results["limit"][0]["tokens"] / median("limit", "seconds")
+    cheapest = results["limit"][0]["tokens"] / median("limit", "processor_seconds")
     for way, runs in results.items():
         speed = runs[0]["tokens"] / median(way, "seconds")
+        thrift = runs[0]["tokens"] / median(way, "processor_seconds")
         whole, inside = median(way, "whole_seconds"), median(way, "seconds")
         lines.append(
-            f"| {way} | {speed:,.0f} | {speed / best:.2f} | {whole:.2f} | {whole - inside:.2f} | "
+            f"| {way} | {speed:,.0f} | {speed / best:.2f} | {thrift:,.0f} | "
+            f"{thrift / cheapest:.2f} | {whole:.2f} | {whole - inside:.2f} | "
             f"{median(way, 'mib'):.0f} |"
         )
     return "\n".join(lines)
@@ -204,6 +219,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--note", default="", help="on the state of the machine, for the records")
     parser.add_argument("--json", type=Path, help="write figures and provenance here")
     parser.add_argument("--work", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -234,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"reading a sequence of 2,048 tokens: {reading:.0f} µs")
     if args.json:
         origin = provenance(f"CPU, {os.cpu_count()} cores", PACKAGES)
+        origin |= {"note": args.note, "load_average": os.getloadavg()}
         found = {"provenance": origin, "results": results, "reading_us": reading, "equal": equal}
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0 if equal else 1
