@@ -22,6 +22,7 @@ import filecmp
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -100,6 +101,8 @@ def megatron(lines: Path, tokenizer_file: Path, workers: int, out: Path) -> dict
 def bitscale(lines: Path, tokenizer_file: Path, workers: int, out: Path) -> dict[str, float]:
     from bitscale.data.prepare import PrepareOptions, prepare
 
+    if out.exists():
+        shutil.rmtree(out)  # else it is up to date, and nothing is done
     start = time.perf_counter()
     options = PrepareOptions(
         inputs=(str(lines),), out=out, source=SourceOptions(), tokenizer=tokenizer_file,

@@ -79,9 +79,9 @@ POINTS: dict[str, dict[str, tuple[int, dict[str, Any]]]] = {
     },
 }
 MEASURES = {
-    "seconds": "processor seconds a step",
-    "peak_bytes": "bytes alive",
-    "sent": "bytes sent",
+    "seconds": ("processor seconds a step", 1.0),
+    "peak_bytes": ("MiB alive", 2.0**20),
+    "sent": ("MiB sent by a rank", 2.0**20),
 }
 
 
@@ -247,6 +247,8 @@ def draw(panels: dict[str, Any], path: Path) -> None:
                 axis.plot(labels, measured, "o-", color=colour, label=f"{phase}, measured")
                 axis.plot(labels, plan, "x--", color=colour, label=f"{phase}, planned")
             axis.set_ylim(bottom=0)
+            if name == "sent" and all(ranks == 1 for ranks, _ in POINTS[panel].values()):
+                axis.text(0.5, 0.5, "one rank: none", ha="center", transform=axis.transAxes)
             if column == 0:
                 axis.set_ylabel(title)
             if row == len(MEASURES) - 1:
