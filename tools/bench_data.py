@@ -34,14 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from tqdm import tqdm
 
-from bitscale.data.batches import Batches
-from bitscale.data.corpus import load_corpus
 from bitscale.data.sources import SourceOptions, find_inputs, read_span
 from bitscale.data.tokenizer import load_tokenizer, train_tokenizer
-from provenance import provenance
+
+# No torch up here: the workers of `prepare` import this module again, as they would a command's.
 
 PACKAGES = ("sentencepiece", "megatron-core", "numpy", "torch")
 SAMPLE_SECONDS = 0.02
@@ -81,6 +79,7 @@ class Encoder:
 
 def megatron(lines: Path, tokenizer_file: Path, workers: int, out: Path) -> dict[str, float]:
     import numpy as np
+    import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     out.mkdir(parents=True, exist_ok=True)
@@ -180,6 +179,9 @@ def _sample(process: subprocess.Popen[bytes], peak: list[float]) -> None:
 
 def measure_reading(folder: Path, seq_len: int = 2048, num_steps: int = 200) -> float:
     """Microseconds a sequence of `seq_len` tokens, shuffled, as training reads it."""
+    from bitscale.data.batches import Batches
+    from bitscale.data.corpus import load_corpus
+
     corpus = load_corpus(folder / "bitscale")
     batches = Batches(
         [(corpus.shard("train"), 1.0)], seq_len=seq_len, global_batch_size=8,
@@ -252,6 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\nmegatron's and bitscale's files are {'equal' if equal else 'DIFFERENT'}")
     print(f"reading a sequence of 2,048 tokens: {reading:.0f} µs")
     if args.json:
+        from provenance import provenance
+
         origin = provenance(f"CPU, {os.cpu_count()} cores", PACKAGES)
         origin |= {"note": args.note, "load_average": os.getloadavg()}
         found = {"provenance": origin, "results": results, "reading_us": reading, "equal": equal}
