@@ -83,7 +83,7 @@ def megatron(lines: Path, tokenizer_file: Path, workers: int, out: Path) -> dict
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     out.mkdir(parents=True, exist_ok=True)
-    start, num_tokens = time.perf_counter(), 0
+    start, begun, num_tokens = time.perf_counter(), processor_seconds(), 0
     encoder = Encoder(tokenizer_file)
     builder = IndexedDatasetBuilder(str(out / "train.bin"), dtype=np.uint16)
     with (
@@ -94,7 +94,11 @@ def megatron(lines: Path, tokenizer_file: Path, workers: int, out: Path) -> dict
             builder.add_document(torch.IntTensor(ids), [len(ids)])
             num_tokens += len(ids)
     builder.finalize(str(out / "train.idx"))
-    return {"seconds": time.perf_counter() - start, "tokens": num_tokens}
+    return {
+        "seconds": time.perf_counter() - start,
+        "processor_seconds": processor_seconds() - begun,
+        "tokens": num_tokens,
+    }
 
 
 def bitscale(lines: Path, tokenizer_file: Path, workers: int, out: Path) -> dict[str, float]:
@@ -102,7 +106,7 @@ def bitscale(lines: Path, tokenizer_file: Path, workers: int, out: Path) -> dict
 
     if out.exists():
         shutil.rmtree(out)  # else it is up to date, and nothing is done
-    start = time.perf_counter()
+    start, begun = time.perf_counter(), processor_seconds()
     options = PrepareOptions(
         inputs=(str(lines),), out=out, source=SourceOptions(), tokenizer=tokenizer_file,
         split=(1.0, 0.0, 0.0), workers=workers, overwrite=True,
@@ -110,6 +114,7 @@ def bitscale(lines: Path, tokenizer_file: Path, workers: int, out: Path) -> dict
     corpus = prepare(options)
     return {
         "seconds": time.perf_counter() - start,
+        "processor_seconds": processor_seconds() - begun,
         "tokens": corpus.splits["train"].num_tokens,
     }
 
@@ -120,9 +125,7 @@ def work(way: str, folder: Path, workers: int) -> None:
         found = limit(lines, tokenizer_file, workers)
     else:
         write = {"megatron": megatron, "bitscale": bitscale}[way]
-        begun = processor_seconds()
         found = write(lines, tokenizer_file, workers, folder / way)
-        found["processor_seconds"] = processor_seconds() - begun
     print(json.dumps(found))
 
 
