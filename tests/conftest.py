@@ -5,8 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from bitscale.config import Config, ModelConfig, load_config
+
+# A busy machine is no failure: no test depends on time.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 TINY_CONFIG = """\
 run: {dir: runs/tiny}

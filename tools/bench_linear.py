@@ -20,6 +20,7 @@ import platform
 import statistics
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -227,21 +228,32 @@ def relative_errors(layer: Layer, problem: Problem, quantizes: bool) -> tuple[fl
 # --- Measuring ---
 
 
+class _Saved:
+    """A tensor that autograd keeps, for as long as it does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # with its graph it would keep itself alive
+
+
 def saved_mib(layer: Layer, problem: Problem) -> float:
     """What one forward pass keeps for its backward pass, without the weight itself."""
-    storages: dict[int, int] = {}
+    # Weak: a branch that is detached keeps tensors, too, until it is dropped in the pass itself.
+    kept: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-    def keep(t: Tensor) -> Tensor:
-        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+    def keep(t: Tensor) -> _Saved:
+        saved = _Saved(t)
+        kept.add(saved)
+        return saved
 
     x = problem.x.clone().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
         y = layer.forward(x)
+    storages = [saved.tensor.untyped_storage() for saved in kept]
+    distinct = {storage.data_ptr(): storage.nbytes() for storage in storages}
     weight = getattr(layer.weight, "_data", layer.weight)  # of torchao's wrapper
-    storages.pop(weight.untyped_storage().data_ptr(), None)
+    distinct.pop(weight.untyped_storage().data_ptr(), None)
     del y
-    return sum(storages.values()) / 2**20
+    return sum(distinct.values()) / 2**20
 
 
 def peak_mib(layer: Layer, problem: Problem) -> float:

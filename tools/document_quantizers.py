@@ -100,12 +100,14 @@ DIFFERS = {
     "int4": "16 levels.",
     "quest": "16 levels without zero, in a rotated space: outliers spread over 128 inputs before they "
     "are quantized. 4-bit activations. Not bitwise the 16-bit linear just above λ = 0, but equal up to "
-    "rounding: x H and w H are multiplied. Its authors' code is no installable package: it is checked "
-    "against the paper's formula in float64, not against vectors.",
+    "rounding: x H and w H are multiplied. Its authors' code is no installable package: tests check "
+    "the paper's formula in float64. By hand, with that code (IST-DASLab/QuEST, c295afd, its "
+    "HalfHadamardTrustQuantizer): y, dx and dw within 7e-7 in fp32 when its H is in fp32; it rounds H to "
+    "bf16, 2e-4 apart.",
     "paretoq": "A parameter a row; weights beyond .99 α have no gradient. α starts at the row's maximum, "
     "which leaves most codes 0 for Gaussian rows (below: zeros and error at that start), and must "
     "shrink by training. Its code takes the gradient of α beyond .99 α as ±g where ŵ itself changes by ±2/3: "
-    "here it is ŵ's own, ±2/3 g; the rest of that code (compared by hand, fp32: codes equal, y, dx, dw and "
+    "here it is ŵ's own, ±2/3 g; the rest of that code (facebookresearch/ParetoQ, 655e338, compared by hand, fp32: codes equal, y, dx, dw and "
     "α's other gradients within 3e-7) agrees; in bf16 it makes codes in bf16, .05% of them others. α below eps "
     "still gets a gradient, as there. The paper itself could not be read here: the formulas are its code's.",
     "tequila": "Nothing is learned beside the weights: the bias Σ_D follows from them, and an export holds "
@@ -115,7 +117,8 @@ DIFFERS = {
     "sherry": "5 bits hold 4 codes: 1.25 bits a weight. Fewer zeros (exactly a quarter) and more error than "
     "thresholds for Gaussians. Its code evaluates without the residual at every step and takes sign(0) = "
     "0, so that a block may hold more zeros; here a held-out loss includes the residual of its step (a "
-    "finished model has none) and a weight of 0 counts as positive. Compared by hand in fp32: codes "
+    "finished model has none) and a weight of 0 counts as positive. Compared by hand in fp32 (also with the "
+    "quantizer in Tencent/AngelSlim, 67394ce): codes "
     "equal, y, dx and dw within 3e-7, ε within 2e-16 over its 22,111 steps. Only the paper's abstract could be "
     "read here.",
 }
@@ -279,9 +282,10 @@ PARITY_INTRODUCTION = """\
 Vectors made by running each peer (`tools/make_golden.py`, versions in `tests/golden/provenance.json`)
 on seeded inputs: Gaussian, odd sizes, a batch, ties everywhere, zeros, outliers, values around and
 below eps; fp32 and bf16. Differences are the largest absolute one over the largest value of the peer;
-0 is bitwise equality, here with the 2 threads of
-the golden run; another number of threads sums in another order and moves the last bit. `tests/unit/test_golden.py` holds these figures. torchao in bf16 rounds the
-integer sum and both products, where bitscale rounds once.
+0 is bitwise equality, here with the 2 threads of the golden run; another number of threads sums in another
+order, and fp32 figures of 0 become up to 2e-7. `tests/unit/test_golden.py` holds codes to equality and the
+others to one rounding of the dtype, with any number. torchao in bf16 rounds the integer sum and both
+products, where bitscale rounds once. `python tools/parity.py` prints this table.
 """
 
 

@@ -2,6 +2,7 @@
 
     python tools/inject_host_faults.py --text /path/to/text --work /tmp/host-faults
     python tools/inject_host_faults.py --text ... --work ... --only "supervise: rank killed"
+    python tools/inject_host_faults.py --text ... --work ... --only "supervise: cable out" --hosts 4
     python tools/inject_host_faults.py --work /tmp/host-faults --out docs/results/host-faults.md
 
 Hosts are network namespaces of this machine (tests/e2e/netns_hosts.py): Linux, root, and Debian's
@@ -25,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "e2e"))
 
 from bitscale.run import versions
-from host_faults import FAULTS, LAUNCHERS, SUPERVISE, WATCH, Seen, inject
+from host_faults import FAULTS, LAUNCHER_SECONDS, LAUNCHERS, SUPERVISE, WATCH, Seen, inject
 from netns_hosts import make_hosts, why_not
 from runs import KEEP_ALL, prepare_corpus, train, write_config
 
@@ -34,18 +35,20 @@ _DISK_MIB = 6  # of the small file system that "disk full" fills
 _TELLING = re.compile(
     r"^supervisor: |^\S{0,12} ?(error|warning)|^resumed from|^mpirun noticed|ssh exited with"
     r"|straggler"
-    r"|^ +(host|rank|exitcode) +:|^Root Cause|^\[rank 1 on node2\] (error|warning)|ORTE has lost"
+    r"|^ +(host|rank|exitcode) +:|^Root Cause|^\[rank 1 on node2\] (error|warning)"
+    r"|ORTE has lost|Remote daemon:"
     r"|\bnode\d\b.*(daemon|lost|Timeout|not responding)"
 )
 
 INTRODUCTION = """\
-Two hosts with a rank each, which are network namespaces of one machine with an sshd in each, train
-a tiny model (35,000 parameters, 40 steps, ternary from step 16) on {text}. At step 18 something
-happens to the second host or its rank. `supervise` is `bitscale supervise`, `torchrun`
-launch/torchrun.sh, `pdsh` and `openmpi` launch/multinode.sh, `mpirun` launch/mpi.sh.
+Two hosts (or as many as the row says) with a rank each, which are network namespaces of one machine
+with an sshd in each, train a tiny model (35,000 parameters, 40 steps, ternary from step 16) on
+{text}. At step 18 (a slowed rank: 3) something happens to the last host or its rank. `supervise`
+is `bitscale supervise`, `torchrun` launch/torchrun.sh, `pdsh` and `openmpi` launch/multinode.sh,
+`mpirun` launch/mpi.sh. All with ZeRO-3.
 
 - **ends after**: from the fault until the launcher has ended on every host, or the supervisor has
-  stopped all ranks. "runs on": not within 120 s; everything was then killed.
+  stopped all ranks. "runs on": not within {bound:.0f} s; everything was then killed.
 - **left behind**: training processes that still run on the hosts two seconds after that.
 - **first step**: from the restart (supervisor: of its second attempt; others: by hand with
   `--resume auto`) to the first new optimizer step; with the ranks that took it.
@@ -69,6 +72,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="results, one file a case")
     parser.add_argument("--text", type=Path, help="a text file to train on; needed to run cases")
     parser.add_argument("--only", default="", help='cases with this in "LAUNCHER: FAULT"')
+    parser.add_argument("--hosts", type=int, choices=(2, 4), default=2, help="default: 2")
     parser.add_argument("--out", type=Path, help="write the table there, as Markdown")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -77,13 +81,13 @@ def main() -> int:
         if reason := why_not():
             print(f"error: {reason}", file=sys.stderr)
             return 2
-        failures = _run_cases(args.work, args.text, args.only)
+        failures = _run_cases(args.work, args.text, args.only, args.hosts)
     if args.out:
         args.out.write_text(_report(args.work), encoding="utf-8")
     return 1 if failures else 0
 
 
-def _run_cases(work: Path, text: Path, only: str) -> int:
+def _run_cases(work: Path, text: Path, only: str, num_hosts: int) -> int:
     config, reference = work / "run.yaml", work / "reference"
     if not config.exists():
         sample = text.read_text(encoding="utf-8")[:500_000]
@@ -97,18 +101,19 @@ def _run_cases(work: Path, text: Path, only: str) -> int:
             if only not in name:
                 continue
             try:
-                seen = _run_case(launcher, fault, config, reference)
+                seen = _run_case(launcher, fault, num_hosts, config, reference)
             except (RuntimeError, AssertionError, subprocess.SubprocessError) as error:
                 print(f"{name}: {error}", flush=True)
                 failures += 1
                 continue
-            path = work / f"{name.replace(': ', '-').replace(' ', '-')}.json"
+            more = "" if num_hosts == 2 else f"-{num_hosts}-hosts"
+            path = work / f"{name.replace(': ', '-').replace(' ', '-')}{more}.json"
             path.write_text(json.dumps(asdict(seen), indent=1) + "\n", encoding="utf-8")
             print(f"{name}: {_cells(seen)}", flush=True)
     return failures
 
 
-def _run_case(launcher: str, fault: str, config: Path, reference: Path) -> Seen:
+def _run_case(launcher: str, fault: str, num_hosts: int, config: Path, reference: Path) -> Seen:
     with tempfile.TemporaryDirectory(prefix="host-faults-") as name:
         folder = Path(name) / "shared"
         folder.mkdir()
@@ -117,7 +122,7 @@ def _run_case(launcher: str, fault: str, config: Path, reference: Path) -> Seen:
             size = f"size={_DISK_MIB}m"
             subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", folder], check=True)
         try:
-            with make_hosts(2, Path(name) / "hosts") as hosts:
+            with make_hosts(num_hosts, Path(name) / "hosts") as hosts:
                 return inject(hosts, launcher, fault, folder, config, reference)
         finally:
             if small:
@@ -126,21 +131,26 @@ def _run_case(launcher: str, fault: str, config: Path, reference: Path) -> Seen:
 
 def _cells(seen: Seen) -> list[str]:
     ends = "runs on" if seen.exit_seconds is None else f"{seen.exit_seconds:.0f} s"
-    codes = f" ({', '.join(map(str, seen.exit_codes))})" if seen.exit_codes else ""
+    ended = [str(code) for code in seen.exit_codes if code is not None]
+    codes = f" ({', '.join(ended)})" if ended else ""
+    if ended and seen.exit_seconds is None:
+        ends, codes = f"{seen.ended_seconds:.0f} s", f"{codes} on one host, runs on on the other"
     left = ", ".join(entry.partition(":")[0] for entry in seen.left) or "none"
     first = ""
     if seen.first_step_seconds is not None:
         first = f"{seen.first_step_seconds:.0f} s, {seen.resumed_ranks} rank(s)"
-    return [ends + codes, "yes" if seen.names_it else "no", left, first, seen.outcome]
+    return [ends + codes, seen.names, left, first, seen.outcome]
 
 
 def _report(work: Path) -> str:
     found = [Seen(**json.loads(path.read_text())) for path in sorted(work.glob("*-*.json"))]
+    found.sort(key=lambda seen: seen.num_hosts)
     text = (work / "text").read_text()
     lines = ["# Faults of hosts\n"]
     bounds = {"watch": ", ".join(WATCH), "supervise": " ".join(SUPERVISE)}
+    bounds |= {"bound": LAUNCHER_SECONDS}  # type: ignore[dict-item]
     lines.append(INTRODUCTION.format(text=text, **bounds))
-    columns = "fault | launcher | ends after (exit code) | names it | left behind | first step"
+    columns = "fault | launcher | ends after (exit code) | names | left behind | first step"
     lines.append(f"| {columns} | in the end |")
     lines.append("|---|---|---|---|---|---|---|")
     ordered = [
@@ -150,7 +160,7 @@ def _report(work: Path) -> str:
         for seen in found
         if (seen.fault, seen.launcher) == (fault, launcher)
     ]
-    lines += [f"| {s.fault} | {s.launcher} | {' | '.join(_cells(s))} |" for s in ordered]
+    lines += [f"| {_title(s)} | {s.launcher} | {' | '.join(_cells(s))} |" for s in ordered]
     done = {(seen.fault, seen.launcher) for seen in ordered}
     missing = [
         f"{fault} under {launcher}"
@@ -162,8 +172,12 @@ def _report(work: Path) -> str:
         lines.append(f"\nNot measured: {', '.join(missing)}.")
     lines.append("\n## What was said\n")
     for seen in ordered:
-        lines.append(f"**{seen.fault}, {seen.launcher}**\n\n```\n{_shortened(seen)}\n```\n")
+        lines.append(f"**{_title(seen)}, {seen.launcher}**\n\n```\n{_shortened(seen)}\n```\n")
     return "\n".join([*lines, _provenance()])
+
+
+def _title(seen: Seen) -> str:
+    return seen.fault if seen.num_hosts == 2 else f"{seen.fault}, {seen.num_hosts} hosts"
 
 
 def _shortened(seen: Seen, most: int = 12) -> str:
@@ -181,8 +195,8 @@ def _provenance() -> str:
 ## Provenance
 
 {today}, commit {commit}, {os.cpu_count()} CPU cores ({platform.machine()}), gloo, one thread a
-rank, on a machine that was busy with other work: times are upper bounds, and starting Python is
-most of them; {found}. By `python tools/inject_host_faults.py`.
+rank, beside other work: times are upper bounds, and starting Python is most of
+them; {found}. By `python tools/inject_host_faults.py`.
 """
 
 

@@ -92,15 +92,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_error(error: BitscaleError) -> None:
-    """One line; a configuration error is the same on every rank, so only rank 0 tells it."""
+    """One line; what is the same on every rank only rank 0 tells, all else names rank and host."""
     rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    elif isinstance(error, ConfigError | TrainingFault):
+    same_everywhere = isinstance(error, ConfigError | TrainingFault)
+    if same_everywhere and rank != "0":
         # The launcher stops every rank at the first that exits: let rank 0 speak before that.
         time.sleep(_SILENT_RANK_SECONDS)
-    else:
-        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        return
+    one_rank = os.environ.get("WORLD_SIZE", "1") == "1"
+    where = "" if same_everywhere or one_rank else f" on rank {rank} ({os.uname().nodename})"
+    print(f"error{where}: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

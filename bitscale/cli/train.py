@@ -1,6 +1,7 @@
 """`bitscale train`."""
 
 import argparse
+import signal
 
 EXIT_PREEMPTED = 75
 
@@ -56,4 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from bitscale.train import train  # after the configuration is known to be sound: torch is slow
 
     outcome = train(cfg, resume=args.resume, allow_change=args.allow_change)
+    # How the run has ended is known: a signal while Python and torch are taken down (Slurm's,
+    # before the time is up) must not turn 0 or 75 into a failure.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return EXIT_PREEMPTED if outcome.preempted else 0

@@ -170,7 +170,9 @@ def _check_granularity(part: CodeSpec) -> None:
             "a number of shards is needed for row_shard and column_shard, and only there"
         )
     if (part.group_size or 1) < 1 or (part.num_shards or 1) < 1:
-        raise ConfigError("group_size and num_shards must be positive")
+        raise ConfigError(
+            f"group_size={part.group_size} and num_shards={part.num_shards}: give a positive number"
+        )
     if part.measure == "sparse_absmean" and (part.group_size or 0) % SPARSE_BLOCK:
         raise ConfigError(
             f"group_size={part.group_size} would split blocks of {SPARSE_BLOCK} inputs, of which "
@@ -185,7 +187,10 @@ def _check_activation(activation: CodeSpec) -> None:
             f"{activation.granularity!r}"
         )
     if activation.rounding == "stochastic":
-        raise ConfigError("rounding='stochastic' is of weights only")
+        raise ConfigError(
+            "rounding='stochastic' is of weights only; round activations half_even, half_up or "
+            "half_away"
+        )
     if activation.measure not in ("absmax", "rms"):
         raise ConfigError(
             f"activations are scaled by their absmax or rms, not {activation.measure!r}: "
@@ -200,7 +205,10 @@ def _check_spec(spec: QuantSpec) -> None:
     _check_learned(spec)
     _check_added_terms(spec)
     if spec.hadamard is not None and (spec.hadamard < 1 or spec.hadamard & (spec.hadamard - 1)):
-        raise ConfigError(f"hadamard={spec.hadamard} is not a power of two")
+        raise ConfigError(
+            f"hadamard={spec.hadamard} is not a power of two; use one that divides the "
+            "inputs, as 128"
+        )
     if spec.product != "dequantized" and not weight.scales_rows:
         raise ConfigError(
             f"granularity={weight.granularity!r} gives one output several weight scales, so its "
@@ -227,7 +235,9 @@ def _check_spec(spec: QuantSpec) -> None:
     if spec.product == "codes":
         if spec.gradient == "trust" or spec.hadamard is not None:
             raise ConfigError(
-                "product='codes' has neither gradient='trust' nor a Hadamard rotation"
+                f"product='codes' has neither gradient='trust' nor a Hadamard rotation, not "
+                f"gradient={spec.gradient!r} with hadamard={spec.hadamard}; use "
+                "product='dequantized'"
             )
         parts = [part for part in (weight, activation) if part is not None]
         if any(p.scale_form != "multiply" or p.arithmetic != "native" for p in parts):
@@ -244,7 +254,10 @@ def _check_gradient_bits(spec: QuantSpec) -> None:
     if spec.gradient_bits is None:
         return
     if spec.gradient_bits not in (8, 16, 24):
-        raise ConfigError(f"gradient_bits={spec.gradient_bits} is none of 8, 16, 24")
+        raise ConfigError(
+            f"gradient_bits={spec.gradient_bits} is none of 8, 16, 24; use one of them, or leave "
+            "it out for floating point"
+        )
     if kernel_measure(spec) is None:
         raise ConfigError(
             f"gradient_bits={spec.gradient_bits} needs b158's codes (or absmedian's): ternary "

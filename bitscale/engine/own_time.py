@@ -3,12 +3,13 @@
 Ranks leave a step together, however slow one of them is, so that the step's time says nothing of
 who was slow. What differs is the time before the first collective: reading the batch and the
 forward passes. A slow host, GPU, or disk shows in it; a slow network does not, nor what is slow in
-the backward pass only. With ZeRO-3 and tensor parallelism collectives lie inside the forward pass,
-and ranks that share them take the same time (bitscale/watch/stragglers.py).
+the backward pass only. ZeRO-3 gathers weights between the layers of the forward pass: there, the
+layers' own times are added up. With tensor parallelism collectives lie inside them, and ranks that
+share them take the same time (bitscale/watch/stragglers.py).
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -31,15 +32,19 @@ class OwnTime(NamedTuple):
 
 
 class OwnClock:
-    """Runs while `module` computes a training batch, and within `running`."""
+    """Runs while the modules given to `watch` compute training batches, and within `running`."""
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._host_seconds = 0.0
         self._gpu_spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._begun: Any = None
-        module.register_forward_pre_hook(lambda module, _: self._begin(module))
-        module.register_forward_hook(lambda module, _, __: self._end(module))
+
+    def watch(self, modules: Iterable[nn.Module]) -> None:
+        """None of which is part of another. What hooks of before do is not counted."""
+        for module in modules:
+            module.register_forward_pre_hook(lambda module, _: self._begin(module))
+            module.register_forward_hook(lambda module, _, __: self._end(module), prepend=True)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -72,3 +77,12 @@ class OwnClock:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
+
+
+def layers_with_parameters(model: nn.Module) -> Iterator[nn.Module]:
+    """The innermost modules that hold parameters: before each of them ZeRO-3 gathers."""
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None and not any(
+            next(child.parameters(), None) is not None for child in module.children()
+        ):
+            yield module

@@ -20,7 +20,7 @@ from bitscale.engine.ds_config import deepspeed_config
 from bitscale.engine.fragments import Fragment, is_counted_here
 from bitscale.engine.mpu import ModelParallelUnit
 from bitscale.engine.optimizers import AdamW, make_optimizer
-from bitscale.engine.own_time import OwnClock, OwnTime
+from bitscale.engine.own_time import OwnClock, OwnTime, layers_with_parameters
 from bitscale.errors import ConfigError
 from bitscale.mesh import Mesh
 from bitscale.model.bitlinear import bit_linears, forget_weights, prepare_weights, set_kernels
@@ -43,7 +43,6 @@ class TrainEngine:
         self.cfg, self.mesh = cfg, mesh
         self.stage = cfg.engine.zero_stage
         self.module = model
-        self._own_clock = OwnClock(model, mesh.device)
         for parameter in model.parameters():
             # DeepSpeed's gradient norm counts these on every tensor-parallel rank, the others on
             # the first of them only.
@@ -74,6 +73,9 @@ class TrainEngine:
                 f"DeepSpeed refuses the configuration with engine.deepspeed="
                 f"{cfg.engine.deepspeed}: {reason.split(' For further information')[0]}"
             ) from error
+        self._own_clock = OwnClock(mesh.device)
+        # After DeepSpeed's own hooks, which fetch weights.
+        self._own_clock.watch(layers_with_parameters(model) if self.stage == 3 else [model])
         moments = moments_of(cfg.optim)
         fragment_views.create_state(self._wrapper, self._optimizer, self.stage, moments)
 

@@ -8,6 +8,7 @@ once per optimizer step (`prepare_weights`), the input once for all layers that 
 norm before them in one pass with its codes (`shared_input`).
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
@@ -20,7 +21,7 @@ from bitscale.config.spec import QuantSpec, kernel_measure
 from bitscale.errors import ConfigError
 from bitscale.model.head import Head
 from bitscale.model.norms import BlendedNorm, RMSNorm
-from bitscale.quant.kernels import Kernels, Measure, get_kernels
+from bitscale.quant.kernels import Kernels, Measure, get_kernels, log_specification
 from bitscale.quant.kernels.linear import ternary_linear
 from bitscale.quant.learned import initial_scale
 from bitscale.quant.pack import unpack_2bit, unpack_base3
@@ -300,12 +301,28 @@ def shared_input(
 
 
 def set_strength(model: nn.Module, strength: Strength) -> None:
-    """Give every BitLinear, BitConv2d, head and blended norm of `model` the λ of this step."""
+    """Give every BitLinear, BitConv2d, head and blended norm of `model` the λ of this step.
+
+    Raises:
+        ConfigError: λ outside [0, 1], or a negative or infinite residual.
+    """
+    check_strength(strength)
     for module in model.modules():
         if isinstance(module, QuantizedLinear | BitConv2d | Head):
             module.strength = strength
         elif isinstance(module, BlendedNorm):
             module.strength = strength.weight
+
+
+def check_strength(strength: Strength) -> None:
+    """Raises ConfigError for λ outside [0, 1], or a negative or infinite residual."""
+    for name, highest in (("weight", 1.0), ("activation", 1.0), ("residual", sys.float_info.max)):
+        value = getattr(strength, name)
+        if not 0.0 <= value <= highest:  # nor NaN
+            raise ConfigError(
+                f"strength.{name}={value:g} must be {'0 or more' if highest > 1 else 'in [0, 1]'}: "
+                "0 is the 16-bit model; use bitscale.quant.schedule for ramps"
+            )
 
 
 def set_kernels(model: nn.Module, name: str, device_type: str) -> None:
@@ -319,16 +336,20 @@ def kernels_for(
     path: str, name: str, device_type: str, spec: QuantSpec, rows: tuple[int, ...] | None
 ) -> Kernels | None:
     """The table `name` for a layer, or None if the specification computes it: `auto` and
-    `reference` leave to it the presets that no kernel knows, and several matrices in one weight.
+    `reference` leave to it the presets that no kernel knows, and several matrices in one weight;
+    `auto` logs that.
 
     Raises:
         KernelUnavailable: the kernels do not run on that device.
         ConfigError: `cpu` or `triton` for what they do not compute.
     """
-    kernels = get_kernels(name, device_type)
     if kernel_measure(spec) is not None and rows is None:
-        return kernels
-    if name in ("auto", "reference"):
+        return get_kernels(name, device_type)
+    if name == "auto":
+        log_specification("another quantizer" if rows is None else "several matrices in a weight")
+        return None
+    get_kernels(name, device_type)  # an unknown name, or another device, comes first
+    if name == "reference":
         return None
     raise ConfigError(
         f"quant.kernel={name!r} computes b158 and absmedian with one matrix a weight, and "

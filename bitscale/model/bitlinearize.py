@@ -14,7 +14,13 @@ from torch import nn
 from bitscale.config.presets import preset
 from bitscale.config.spec import QuantSpec
 from bitscale.errors import ConfigError
-from bitscale.model.bitlinear import QUANTIZATION, BitConv2d, BitLinear, kernels_for
+from bitscale.model.bitlinear import (
+    QUANTIZATION,
+    BitConv2d,
+    BitLinear,
+    check_strength,
+    kernels_for,
+)
 from bitscale.quant.quantizer import tile_counts
 from bitscale.quant.reference import Quant, as_spec
 from bitscale.quant.schedule import TERNARY, Strength
@@ -45,8 +51,9 @@ def bitlinearize(
 
     Raises KernelUnavailable if `kernel` does not run there; ConfigError if a pattern matches
     nothing or nothing is left to convert, for a subclass of the two layers, whose own forward
-    pass would be lost, and if a weight does not fit `spec` or `kernel`.
+    pass would be lost, if a weight does not fit `spec` or `kernel`, and for λ outside [0, 1].
     """
+    check_strength(strength)
     resolved = preset(spec) if isinstance(spec, str) else as_spec(spec)
     kept = resolved if isinstance(spec, str) else spec
     chosen = _choose(model, _as_tuple(include), _as_tuple(exclude))

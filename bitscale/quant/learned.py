@@ -48,12 +48,15 @@ def with_scale_gradient(
     `rows`: of each logical matrix, whose weights g counts; None: one matrix.
     """
     columns = w_FD.shape[1]
-    factors = [
-        (count, strength / math.sqrt(max(count * columns * part.code_max, 1)))
-        for count in (rows or (w_FD.shape[0],))
-    ]
-    factor_F = torch.cat([torch.full((count,), factor) for count, factor in factors])
-    factor_F = factor_F.to(w_FD.device)
+    counts = rows or (w_FD.shape[0],)
+    factors = [strength / math.sqrt(max(count * columns * part.code_max, 1)) for count in counts]
+    # Made on the device: a copy from the host would be waited for.
+    factor_F = torch.cat(
+        [
+            alpha_F.new_full((count,), factor, dtype=torch.float32)
+            for count, factor in zip(counts, factors, strict=True)
+        ]
+    )
     out = _ScaleGradient.apply(  # type: ignore[no-untyped-call]
         quantized_FD, alpha_F, w_FD.detach(), codes_FD, factor_F, part
     )

@@ -163,7 +163,8 @@ def _measure(t_ABN: Tensor, part: CodeSpec) -> tuple[Tensor, Tensor | None]:
         survives = _all_but_smallest(magnitude)
         survivors = magnitude * survives
         total = exact_sum(survivors) if is_exact else survivors.sum(dim=-1, keepdim=True)
-        return total / (magnitude.shape[-1] // SPARSE_BLOCK * (SPARSE_BLOCK - 1)), survives
+        count = magnitude.shape[-1] // SPARSE_BLOCK * (SPARSE_BLOCK - 1)
+        return total / total.new_full((), count), survives
     # mean() and not sum() / N: in bf16 a sum would be rounded before the division.
     mean = exact_mean(magnitude) if is_exact else magnitude.mean(dim=-1, keepdim=True)
     if part.measure == "absmean":
@@ -233,13 +234,14 @@ def _round(v: Tensor, rounding: str, generator: torch.Generator | None) -> Tenso
     match rounding:
         case "half_even":
             return torch.round(v)
-        case "half_up":
+        case "half_up":  # as onebitllms: 1 ulp below ½ the sum is 1
             return torch.floor(v + 0.5)
         case "odd":
             return 2.0 * torch.round(0.5 * (v + 1.0)) - 1.0
-        case "half_away":
-            return v.sign() * torch.floor(v.abs() + 0.5)
+    whole = v.abs().floor()
+    fraction = v.abs() - whole  # exact, which |v| + ½ is not
+    if rounding == "half_away":
+        return v.sign() * (whole + (fraction >= 0.5))
     # |v| goes up with probability frac|v|; for ternary codes: to ±1 with probability |v|.
     draws = torch.rand(v.shape, generator=generator, device=v.device, dtype=v.dtype)
-    whole = v.abs().floor()
-    return v.sign() * (whole + (v.abs() - whole >= draws))
+    return v.sign() * (whole + (fraction >= draws))

@@ -256,7 +256,7 @@ def _check_exact(num_inputs: int, spec: QuantSpec) -> None:
     if num_inputs > max_exact_inputs(spec):
         raise ValueError(
             f"{num_inputs} inputs exceed {max_exact_inputs(spec)}, the most that fp32 sums of "
-            "int8 x ternary products hold exactly; split the matrix"
+            "products of its codes hold exactly; split the matrix, or use product='dequantized'"
         )
 
 
@@ -373,7 +373,8 @@ def _rotate(t_FD: Tensor, spec: QuantSpec) -> Tensor:
         return t_FD
     if t_FD.shape[-1] % spec.hadamard:
         raise ConfigError(
-            f"quantizer hadamard={spec.hadamard} does not divide {t_FD.shape[-1]} inputs"
+            f"quantizer hadamard={spec.hadamard} does not divide {t_FD.shape[-1]} inputs; use "
+            "another preset for this layer"
         )
     blocks = t_FD.reshape(*t_FD.shape[:-1], t_FD.shape[-1] // spec.hadamard, spec.hadamard)
     rotated = blocks @ hadamard_matrix(spec.hadamard, t_FD.dtype, t_FD.device)
@@ -382,10 +383,10 @@ def _rotate(t_FD: Tensor, spec: QuantSpec) -> Tensor:
 
 def hadamard_matrix(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Sylvester's matrix of ±1 / sqrt(width), [width, width]; `width` a power of two."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    matrix = torch.ones(1, 1, dtype=torch.float64, device=device)  # the host would be waited for
     while matrix.shape[0] < width:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return (matrix / math.sqrt(width)).to(device=device, dtype=dtype)
+    return (matrix / math.sqrt(width)).to(dtype)
 
 
 def _codes_linear(

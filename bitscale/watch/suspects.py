@@ -58,9 +58,13 @@ def _furthest_behind(heartbeats: Sequence[Heartbeat], now: float) -> Suspect | N
     beat = min(idle or behind, key=lambda beat: beat.phase_since)
     waits = f"waits in {beat.waiting_for}" if beat.waiting_for else "is not in a collective"
     since = format_duration(max(0.0, now - beat.phase_since))
+    # A rank whose own watchdog was a moment earlier has ended with that.
+    progress = f"{describe_progress(beat)} for {since}"
+    if beat.failure == "hang":
+        progress = f"hung at step {beat.step:,}"
     return Suspect(
         beat.rank,
-        f"furthest behind is {_name(beat)}: {describe_progress(beat)} for {since}, {waits}, "
+        f"furthest behind is {_name(beat)}: {progress}, {waits}, "
         f"at {beat.place or 'an unknown place'}",
         False,
     )
@@ -71,10 +75,19 @@ def _all_wait(heartbeats: Sequence[Heartbeat]) -> Suspect:
     for beat in heartbeats:
         places.setdefault(f"{beat.waiting_for} at {beat.place}", []).append(beat.rank)
     if len(places) == 1:
-        only = next(iter(places))
-        return Suspect(None, f"every rank waits in {only}: look at the network between them", False)
+        text = f"every rank waits in {next(iter(places))}: look at the network"
+        if len(hosts := _by_host(heartbeats)) > 1:
+            text += f" between {' and '.join(hosts[:4])}{' and others' if len(hosts) > 4 else ''}"
+        return Suspect(None, text, False)
     parts = [f"{_ranks(ranks)} in {place}" for place, ranks in places.items()]
     return Suspect(None, f"ranks wait in different places: {'; '.join(parts[:4])}", False)
+
+
+def _by_host(heartbeats: Sequence[Heartbeat]) -> list[str]:
+    ranks: dict[str, list[int]] = {}
+    for beat in heartbeats:
+        ranks.setdefault(beat.host, []).append(beat.rank)
+    return [f"{_ranks(those)} on {host}" for host, those in ranks.items()]
 
 
 def describe_progress(beat: Heartbeat) -> str:

@@ -20,7 +20,11 @@ _COLLECTIVES = "torch/distributed/distributed_c10d.py"
 # queue a collective may stand.
 _ASYNCHRONOUS = ".wait("
 _DEVICE = (".item(", ".tolist(", ".synchronize(", ".cpu(")
-_TORCH = re.compile(r"/(site|dist)-packages/torch/|/lib/python3\.\d+/(threading|contextlib)\.py$")
+# torch's own frames, and those of decorators that it puts around collectives.
+_TORCH = re.compile(
+    r"/(site|dist)-packages/(torch/|typing_extensions\.py$)"
+    r"|/lib/python3\.\d+/(threading|contextlib)\.py$"
+)
 _PACKAGES = re.compile(r".*/(site|dist)-packages/")
 _OURS = f"{Path(bitscale.__file__).parent}/"
 _Step = tuple[str, int, str]  # file, line, function

@@ -18,12 +18,13 @@ from pathlib import Path
 
 from bitscale.heartbeat import heartbeat_path
 from netns_hosts import HEAD, Hosts
-from runs import KEEP_ALL, differences, environment, events, metrics
+from runs import GLOBAL_BATCH, KEEP_ALL, differences, environment, events, metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 LAUNCHERS = ("supervise", "torchrun", "pdsh", "openmpi", "mpirun")
 FAULT_STEP = 18  # two steps into the transition; the last checkpoint is of step 15
+SLOW_STEP = 3  # a straggler is named after 20 slow steps, of 40
 # Short bounds, so that a fault shows in seconds: the defaults are minutes.
 WATCH = (
     "watch.heartbeat_seconds=1",
@@ -31,11 +32,10 @@ WATCH = (
     "watch.collective_timeout_seconds=60",
 )
 SUPERVISE = ("--host-seconds", "10", "--heartbeat-seconds", "20", "--stall-seconds", "120")
-_LAUNCHER_SECONDS = 120.0  # after which one that has not ended "runs on"
+LAUNCHER_SECONDS = 420.0  # after which one that has not ended "runs on"
 _PORT = "29500"
 _STEP_LINE = re.compile(r"^step \d+/\d+ ")
 _RANK = re.compile(r"\S*python\S* (-u )?-m bitscale\.cli\.main train ")
-_NAMING = re.compile(r"rank 1 .{0,40}\bnode2\b|host node2 \(ranks 1\)")
 
 
 def launch(
@@ -105,6 +105,16 @@ def wait_all(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> li
     return [process.returncode for process in processes]
 
 
+def wait_any(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> bool:
+    """Whether one of them has ended within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while all(process.poll() is None for process in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def pid_of(run_dir: Path, rank: int) -> int:
     """As its own host counts."""
     pid: int = json.loads(heartbeat_path(run_dir, rank).read_text())["pid"]
@@ -153,7 +163,7 @@ def rank_slowed(hosts: Hosts, node: str, run_dir: Path, rank: int) -> Iterator[N
     pid, over = pid_of(run_dir, rank), threading.Event()
 
     def slow() -> None:
-        shell = f"while kill -STOP {pid} && sleep .15 && kill -CONT {pid} && sleep .05; do :; done"
+        shell = f"while kill -STOP {pid} && sleep .03 && kill -CONT {pid} && sleep .01; do :; done"
         process = subprocess.Popen(
             hosts.command(node, ["sh", "-c", shell]), stderr=subprocess.DEVNULL
         )
@@ -203,9 +213,11 @@ class Seen:
 
     fault: str
     launcher: str
+    num_hosts: int  # with a rank each
     # From the fault to the launcher's end, or until the supervisor had stopped all ranks.
     exit_seconds: float | None = None
-    exit_codes: list[int] = field(default_factory=list)
+    exit_codes: list[int | None] = field(default_factory=list)  # None: still runs
+    ended_seconds: float | None = None  # of several commands, the first that ended
     message: str = ""  # the line that says what happened
     left: list[str] = field(default_factory=list)  # ranks that the launcher left behind
     resumed_ranks: int = 0
@@ -214,9 +226,15 @@ class Seen:
     transcript: str = ""
 
     @property
-    def names_it(self) -> bool:
-        """Whether a line says which rank or host it was: the last of two."""
-        return _NAMING.search(self.transcript) is not None
+    def names(self) -> str:
+        """What a line says of the last rank, to which it happened."""
+        rank, host = self.num_hosts - 1, f"node{self.num_hosts}"
+        naming = rf"rank {rank} .{{0,40}}\b{host}\b|host {host} \(ranks {rank}\)"
+        if re.search(naming, self.transcript):
+            return "rank and host"
+        return (
+            "host" if re.search(rf"Remote daemon: .* node {host}", self.transcript) else "nothing"
+        )
 
 
 def inject(
@@ -227,19 +245,26 @@ def inject(
     `reference` is the same run, never interrupted; `folder` is the run's, on a file system that
     this may fill.
     """
-    seen = Seen(fault, launcher)
+    seen = Seen(fault, launcher, len(hosts.nodes))
     run_dir, log = folder / "run", folder.parent / f"{folder.name}.log"
     arguments = [config, f"run.dir={run_dir}", KEEP_ALL, "engine.zero_stage=3", *WATCH]
     nodes = hosts.nodes
+    if fault == "rank slowed":
+        arguments.append("log.every=5")  # a straggler is judged by medians of so many steps
+    if len(nodes) > 2:
+        arguments.append("train.micro_batch_size=1")
     processes = launch(hosts, launcher, nodes, arguments, log)
     try:
-        wait_for_step(processes, run_dir, FAULT_STEP, 300)
+        wait_for_step(processes, run_dir, SLOW_STEP if fault == "rank slowed" else FAULT_STEP, 300)
         before = len(log.read_text())
         begin, begin_unix = time.monotonic(), time.time()
         with FAULTS[fault](hosts, nodes[-1], run_dir, len(nodes) - 1):  # type: ignore[attr-defined]
-            codes = wait_all(processes, 300 if launcher == "supervise" else _LAUNCHER_SECONDS)
+            bound = begin + (300 if launcher == "supervise" else LAUNCHER_SECONDS)
+            if wait_any(processes, bound - time.monotonic()):
+                seen.ended_seconds = round(time.monotonic() - begin, 1)
+            codes = wait_all(processes, bound - time.monotonic())
             seen.exit_seconds = None if codes is None else round(time.monotonic() - begin, 1)
-            seen.exit_codes = codes or []
+            seen.exit_codes = [process.poll() for process in processes]
             if codes is not None:
                 # A host without its cable ends what it has by itself, or does not.
                 time.sleep(2)
@@ -254,6 +279,8 @@ def inject(
         _judge_supervised(seen, run_dir, begin_unix)
     if not events(run_dir, "finished"):
         rest = nodes[:-1] if fault in FEWER else nodes
+        while GLOBAL_BATCH % len(rest):
+            rest = rest[:-1]
         try:
             _resume(seen, hosts, launcher, rest, arguments, run_dir, log)
         except (RuntimeError, AssertionError) as error:  # the fault itself has been measured

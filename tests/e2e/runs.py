@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from bitscale.cli.main import main
 
 NUM_STEPS = 40
+GLOBAL_BATCH = 4
 TRANSITION_STEP = 16  # λ ramps over steps 16 to 27 and is 1 from step 28 on
 EVAL_EVERY = 8
 # Two sequences a micro-batch: one rank accumulates over two, two ranks take one each.
@@ -32,7 +33,7 @@ data:
   seq_len: 32
 train:
   steps: {NUM_STEPS}
-  global_batch_size: 4
+  global_batch_size: {GLOBAL_BATCH}
   micro_batch_size: 2
   eval_every: {EVAL_EVERY}
   eval_batches: 2

@@ -17,16 +17,14 @@ def test_killed_on_one_rank(config_file: Path, finished_run: Path, tmp_path: Pat
     run_dir, log = tmp_path / "run", tmp_path / "log"
     arguments = (f"run.dir={run_dir}", KEEP_ALL, "--resume", "auto")
     aims = [
-        Aim("step", 2, 0.0),  # before the first checkpoint: starts over
         Aim("save", 9, 0.004),
         Aim("step", 18, 0.01),
         Aim("publication", 23, 0.0),
-        Aim("evaluation", 31, 0.001),
     ]
     command = train_command("plain", config_file, *arguments)
     points = run_with_kills(lambda: start(command, log), run_dir, log, aims)
     print(points)
-    assert len(points) >= 3, points  # a session may be over before its kill
+    assert len(points) >= 2, points  # a session may be over before its kill
     assert differences(finished_run, run_dir) == []
     assert len(events(run_dir, "transition")) == 1
     assert {line["step"] for line in events(run_dir, "finished")} == {40}

@@ -4,7 +4,9 @@ The others of its kind, all launchers and all faults, are measured by tools/inje
 """
 
 import signal
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,20 +39,32 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
         yield made
 
 
+@contextmanager
+def supervised(
+    hosts: Hosts, run_dir: Path, log: Path, *arguments: object
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """A supervised training that has come to FAULT_STEP; nothing of it is left afterwards."""
+    processes = launch(
+        hosts, "supervise", hosts.nodes, [*arguments, f"run.dir={run_dir}", KEEP_ALL, *WATCH], log
+    )
+    try:
+        wait_for_step(processes, run_dir, FAULT_STEP, 300)
+        yield processes
+        assert ranks_left(hosts) == []
+    finally:
+        end(hosts, processes)
+
+
 def test_a_killed_rank_is_named_and_the_run_goes_on(
     hosts: Hosts, config_file: Path, finished_run_2_ranks: Path, tmp_path: Path
 ) -> None:
     """On the same hosts, from the last checkpoint, to the very bits of a run without a fault."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    arguments = [config_file, f"run.dir={run_dir}", KEEP_ALL, "engine.zero_stage=3", *WATCH]
-    processes = launch(hosts, "supervise", hosts.nodes, arguments, log)
-    try:
-        wait_for_step(processes, run_dir, FAULT_STEP, 300)
-        with rank_killed(hosts, "node2", run_dir, 1):
-            assert wait_all(processes, 300) == [0], log.read_text()
-        assert ranks_left(hosts) == []
-    finally:
-        end(hosts, processes)
+    with (
+        supervised(hosts, run_dir, log, config_file, "engine.zero_stage=3") as processes,
+        rank_killed(hosts, "node2", run_dir, 1),
+    ):
+        assert wait_all(processes, 300) == [0], log.read_text()
     record = supervisor_record(run_dir)
     (failure,) = [line for line in record if line["event"] == "end of attempt"][:-1]
     assert failure["kind"] == "rank" and failure["host"] == "node2" and failure["rank"] == 1
@@ -68,15 +82,12 @@ def test_a_host_without_its_cable_is_left_out(
     """The host of rank 0, of the ranks' meeting point and of the run's lock, even: its ranks end by
     themselves, and the rest goes on with twice the micro-batches."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    arguments = [config_file, f"run.dir={run_dir}", KEEP_ALL, *WATCH]
-    processes = launch(hosts, "supervise", hosts.nodes, arguments, log)
-    try:
-        wait_for_step(processes, run_dir, FAULT_STEP, 300)
-        with cable_out(hosts, "node1", run_dir, 0):
-            assert wait_all(processes, 300) == [0], log.read_text()
-            assert ranks_left(hosts) == []
-    finally:
-        end(hosts, processes)
+    with (
+        supervised(hosts, run_dir, log, config_file) as processes,
+        cable_out(hosts, "node1", run_dir, 0),
+    ):
+        assert wait_all(processes, 300) == [0], log.read_text()
+        assert ranks_left(hosts) == []  # while it is still out
     record = supervisor_record(run_dir)
     failure = next(line for line in record if line["event"] == "end of attempt")
     assert failure["kind"] == "host" and failure["host"] == "node1"
@@ -95,18 +106,13 @@ def test_a_signal_to_the_supervisor_saves_on_every_rank(
     hosts: Hosts, config_file: Path, finished_run_2_ranks: Path, tmp_path: Path
 ) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    arguments = [config_file, f"run.dir={run_dir}", KEEP_ALL, "engine.zero_stage=3", *WATCH]
-    processes = launch(hosts, "supervise", hosts.nodes, arguments, log)
-    try:
-        wait_for_step(processes, run_dir, FAULT_STEP, 300)
+    arguments = [config_file, "engine.zero_stage=3"]
+    with supervised(hosts, run_dir, log, *arguments) as processes:
         # nsenter waits for the command it has become the parent of: signal that itself.
         pid = hosts.execute(HEAD, "pgrep", "-f", "cli.main supervise").split()[0]
         hosts.execute(HEAD, "kill", f"-{int(signal.SIGTERM)}", pid)
         assert wait_all(processes, 300) == [75], log.read_text()
-        assert ranks_left(hosts) == []
-        assert events(run_dir, "preempted")
-        processes = launch(hosts, "supervise", hosts.nodes, arguments, log)
+    assert events(run_dir, "preempted")
+    with supervised(hosts, run_dir, log, *arguments) as processes:
         assert wait_all(processes, 300) == [0], log.read_text()
-    finally:
-        end(hosts, processes)
     assert differences(finished_run_2_ranks, run_dir) == []

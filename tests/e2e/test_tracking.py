@@ -2,6 +2,7 @@
 
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,21 @@ def test_wandb_offline(config_file: Path, tmp_path: Path, monkeypatch: pytest.Mo
     losses = [json.dumps(line["loss"]).encode() for line in metrics(run_dir, "train")]
     assert [loss for loss in losses if loss not in sent] == []
     assert b"valid/bits_per_byte" in sent and b"speed/tokens_per_second" in sent
+
+
+@pytest.mark.slow
+def test_comet_offline(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Needs `pip install comet_ml`; nothing is sent anywhere."""
+    pytest.importorskip("comet_ml")
+    monkeypatch.setenv("COMET_OFFLINE_DIRECTORY", str(tmp_path / "comet"))
+    run_dir = tmp_path / "run"
+    overrides = (f"run.dir={run_dir}", "log.comet={project: bitscale-test, online: false}")
+    done = execute(train_command("plain", config_file, *overrides))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (archive,) = (tmp_path / "comet").glob("*.zip")
+    with zipfile.ZipFile(archive) as found:
+        lines = found.read("messages.json").decode().splitlines()
+    sent = [json.loads(line)["payload"]["metric"] for line in lines if '"metricName"' in line]
+    losses = {m["step"]: float(m["metricValue"]) for m in sent if m["metricName"] == "train/loss"}
+    assert losses == {line["step"]: line["loss"] for line in metrics(run_dir, "train")}
+    assert {"valid/bits_per_byte", "speed/tokens_per_second"} <= {m["metricName"] for m in sent}

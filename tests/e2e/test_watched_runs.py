@@ -1,6 +1,7 @@
 """A rank hangs, dies, fails or is slow: who is named, how it ends, and what `status` says."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -56,7 +57,11 @@ def test_a_hang_ends_every_rank_and_names_the_one_that_hangs(
     assert (
         f"(watch.hang_seconds={HANG_SECONDS}) in phase step, step {AT}, in all_reduce, " in waiting
     )
-    assert f"furthest behind is rank 1 on {HOST}: phase step, step {AT} for " in waiting
+    # Which of the watchdogs is first is chance.
+    behind = (
+        rf"furthest behind is rank 1 on {HOST}: (phase step, step {AT} for \d+s|hung at step {AT}),"
+    )
+    assert re.search(behind, waiting), waiting
     assert "is not in a collective, at e2e/watched_sessions.py:" in waiting
     assert f"step {AT}, not in a collective, at e2e/watched_sessions.py:" in hanging
     assert "the other ranks wait for this one" in hanging
@@ -71,7 +76,9 @@ def test_a_peer_that_dies_is_named_at_once(codes: dict[str, int], folder: Path) 
     assert codes["die"] == 9  # the launcher's, of the rank that died
     (error,) = log_lines(folder, "die", "error")
     dead = read_heartbeats(folder / "die")[1]
-    assert error.startswith(f"error: all_reduce failed in phase step, step {AT}, ")
+    assert error.startswith(
+        f"error on rank 0 ({HOST}): all_reduce failed in phase step, step {AT}, "
+    )
     assert f": rank 1 on {HOST} is gone: there is no process {dead.pid} any more" in error
     assert "continue with --resume auto [" in error
     assert "Traceback" not in (folder / "die.log").read_text()
@@ -115,7 +122,7 @@ def test_a_collective_that_times_out_and_an_error_of_one_rank(
     assert run_cases(config_file, tmp_path, "timeout", "fail") == {"timeout": 4, "fail": 1}
     (error,) = log_lines(tmp_path, "timeout", "error")
     timed_out = f"all_reduce timed out (watch.collective_timeout_seconds={HANG_SECONDS}) in phase"
-    assert error.startswith(f"error: {timed_out} step, step {AT}, ")
+    assert error.startswith(f"error on rank 0 ({HOST}): {timed_out} step, step {AT}, ")
     assert f"furthest behind is rank 1 on {HOST}: phase step, step {AT} for " in error
     status = read_status(tmp_path / "fail")
     assert (status.state, status.ranks[1].failure) == ("failed", "error")

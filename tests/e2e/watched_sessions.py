@@ -58,7 +58,7 @@ CASES = {
     "die": Case(die),
     "killed": Case(die, num_ranks=1),
     "fail": Case(fail),
-    "slow": Case(dawdle, ("log.every=5",), first=0, last=SLOW_UNTIL),
+    "slow": Case(dawdle, ("log.every=5", "engine.zero_stage=3"), first=0, last=SLOW_UNTIL),
 }
 
 

@@ -4,13 +4,19 @@ Shapes: T tokens, D inputs, F outputs.
 """
 
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from gaussian import gaussian
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bitscale.errors import KernelUnavailable
-from bitscale.quant.kernels import cpu_library
+from bitscale.quant.kernels import Kernels, cpu_library
+from bitscale.quant.kernels.linear import ternary_linear
 from bitscale.quant.kernels.table import Measure
 
 EPS = 1e-5
@@ -48,6 +54,51 @@ def assert_same(got: Tensor, want: Tensor) -> None:
 def error(got: Tensor, exact: Tensor) -> float:
     assert got.isfinite().all()
     return float((got.double() - exact).norm())
+
+
+def assert_at_most_twice_naive_bf16(kernels: Kernels, device: str = "cpu") -> None:
+    """y and all gradients of a bf16 layer, against float64, beside F.linear(x̂, ŵ) in bf16.
+
+    The yardstick has the same codes and scales, and rounds x̂, ŵ and every product to bf16.
+    """
+    x, w, bias, grad = (
+        gaussian(*shape, seed=seed).to(device, torch.bfloat16)
+        for seed, shape in enumerate([(120, 96), (70, 96), (70,), (120, 70)])
+    )
+    rows, weight = kernels.quantize_rows(x, EPS), kernels.ternarize(w, "absmean", EPS)
+    exact = [rows.codes_TD.double() * rows.scale_T1, weight.codes_FD.double() * weight.scale]
+
+    def results(leaves: list[Tensor], layer: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        y = layer(*leaves)
+        y.backward(grad.to(y.dtype))
+        return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    ours = results(
+        [x, w, bias], lambda x, w, bias: ternary_linear(x, w, bias, rows, weight, kernels)
+    )
+    naive = results([*(t.bfloat16() for t in exact), bias], F.linear)
+    best = results([*exact, bias.double()], F.linear)
+    assert len(ours) == len(naive) == len(best) == 4
+    for got, yardstick, want in zip(ours, naive, best, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert 0.0 < error(got, want) <= 2 * error(yardstick, want)
+
+
+class NoHostMemory(TorchDispatchMode):
+    """For tensors of the meta device: fails at operators that read or write the host's memory.
+
+    On a GPU such a copy is waited for, and a CUDA graph cannot hold it. (A value cannot be asked
+    of a meta tensor at all.)
+    """
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for t in tree_leaves((args, kwargs, out)):
+            assert not isinstance(t, Tensor) or t.is_meta, f"{function} touches the host's memory"
+        return out
 
 
 HARD_WEIGHTS = {

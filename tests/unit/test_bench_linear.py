@@ -41,6 +41,8 @@ def test_results_reasons_and_provenance(
     assert 1e-4 < results["linear-bf16"]["error_y"] < 1e-2
     # x in its dtype; codes and scales of x, codes and scale of w.
     assert results["linear-fp32"]["memory_mib"] == 70 * 32 * 4 / 2**20
+    # x̂ and ŵ; what the detached branches computed is dropped before the end of the pass.
+    assert results["fake"]["memory_mib"] == (70 * 32 + 48 * 32) * 4 / 2**20
     assert results["reference"]["memory_mib"] == (70 * (32 + 4) + 48 * 32 + 4) / 2**20
     printed = capsys.readouterr().out
     for name in ("onebitllms", "triton-int8"):

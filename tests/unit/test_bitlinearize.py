@@ -297,6 +297,10 @@ class Doubling(nn.Linear):
         ({"spec": "group64"}, "qkv: quantizer group_size=64 does not divide the 16 inputs"),
         ({"spec": "b159"}, "preset 'b159' is unknown"),
         ({"spec": QuantConfig(preset="twn", weight_bits=2)}, "ternary"),
+        (
+            {"strength": Strength(1.5, 1.0)},
+            r"^strength.weight=1.5 must be in \[0, 1\]: 0 is the 16-",
+        ),
     ],
 )
 def test_refused_and_left_as_it_was(options: dict[str, Any], message: str) -> None:
@@ -304,6 +308,22 @@ def test_refused_and_left_as_it_was(options: dict[str, Any], message: str) -> No
     with pytest.raises(ConfigError, match=message):
         bitlinearize(model, **options)
     assert not any(isinstance(m, BitLinear) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("strength", "message"),
+    [
+        (Strength(1.0, -0.1), r"^strength.activation=-0.1 must be in \[0, 1\]: .*; use bitscale.q"),
+        (Strength(float("nan"), 0.0), r"^strength.weight=nan must be in \[0, 1\]"),
+        (Strength(1.0, 1.0, float("inf")), "^strength.residual=inf must be 0 or more: "),
+    ],
+)
+def test_impossible_strength(strength: Strength, message: str) -> None:
+    model = tiny()
+    bitlinearize(model)
+    with pytest.raises(ConfigError, match=message):
+        set_strength(model, strength)
+    assert model.qkv.strength == TERNARY
 
 
 def test_subclasses_are_not_converted_behind_their_back() -> None:

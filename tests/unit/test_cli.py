@@ -1,6 +1,7 @@
 """The command line: help, exit codes, one line on stderr, and `bitscale config`."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -144,10 +145,15 @@ def test_only_rank_0_tells_what_every_rank_knows(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "_SILENT_RANK_SECONDS", 0.0)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert run_cli(capsys, "train", str(tiny_config_file), "a.b=1") == (2, "", "")
     code, _, err = run_cli(capsys, "train", str(tiny_config_file))  # a corpus missing on this host
     assert code == 2
-    assert err.startswith("error on rank 1: corpus is not a prepared corpus")
+    missing = "corpus is not a prepared corpus"
+    assert err.startswith(f"error on rank 1 ({os.uname().nodename}): {missing}")
+    monkeypatch.setenv("RANK", "0")
+    code, _, err = run_cli(capsys, "train", str(tiny_config_file))
+    assert err.startswith(f"error on rank 0 ({os.uname().nodename}): {missing}")
 
 
 # --- bitscale config ---

@@ -18,6 +18,7 @@ from kernel_cases import (
     NAN,
     SHAPES,
     among_nans,
+    assert_at_most_twice_naive_bf16,
     assert_same,
     error,
     why_no_cpu_kernels,
@@ -93,6 +94,14 @@ def test_codes_beside_ties_need_no_division(cpu: kernels.Kernels, scale: float) 
     assert float(got.scale) == float(torch.tensor(scale))
     assert_same(got.codes_FD, want.codes_FD)
     assert {-1, 0, 1} == set(got.codes_FD.flatten().tolist())
+
+
+def test_sums_are_of_multiples_of_the_grid(cpu: kernels.Kernels) -> None:
+    """As everywhere (`exact_sum`): numbers below 2^-31 count as 0."""
+    w_FD = torch.full((40, 50), 3e-10)
+    got, want = cpu.ternarize(w_FD, "absmean", 1e-12), plain.ternarize(w_FD, "absmean", 1e-12)
+    assert_same(got.scale, want.scale)
+    assert float(got.scale) == float(torch.tensor(1e-12))
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -515,6 +524,11 @@ def test_layer_equals_the_reference(dtype: torch.dtype, bits: GradientBits) -> N
         allowed = 0.0 if exact else tolerance * float(want[name].norm())
         assert got[name].dtype == dtype
         assert error(got[name], want[name].double()) <= allowed, name
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_bf16_layer_is_at_most_twice_as_far_off_as_naive_bf16(name: str) -> None:
+    assert_at_most_twice_naive_bf16(get_kernels(name, "cpu"))
 
 
 @pytest.mark.parametrize("into_main_grad", [False, True])

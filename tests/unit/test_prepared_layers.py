@@ -4,6 +4,7 @@ Shapes: T tokens, D inputs, F outputs.
 """
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, get_args
@@ -11,11 +12,14 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_cases import NoHostMemory
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitscale import bitlinearize
 from bitscale.config import Checkpointing, ModelConfig, QuantConfig
+from bitscale.config.presets import PRESETS, preset
 from bitscale.errors import ConfigError, KernelUnavailable
 from bitscale.model.bitlinear import (
     BitLinear,
@@ -26,7 +30,7 @@ from bitscale.model.bitlinear import (
     set_strength,
 )
 from bitscale.model.decoder import Block, Decoder
-from bitscale.quant.kernels import get_kernels, plain
+from bitscale.quant.kernels import get_kernels, log_specification, plain
 from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
 
 pytestmark = pytest.mark.unit
@@ -87,10 +91,12 @@ def count_calls(model: nn.Module) -> Counter[str]:
 # --- Weights ---
 
 
-@pytest.mark.parametrize("preset", ["b158", "absmedian", "twn", "group64", "int4", "quest", "sdu"])
+@pytest.mark.parametrize(
+    "quantizer", ["b158", "absmedian", "twn", "group64", "int4", "quest", "sdu"]
+)
 @pytest.mark.parametrize("name", STRENGTHS)
-def test_preparing_changes_no_bit(preset: str, name: str) -> None:
-    model = decoder(QuantConfig(preset=preset), d_model=128, d_ff=256)
+def test_preparing_changes_no_bit(quantizer: str, name: str) -> None:
+    model = decoder(QuantConfig(preset=quantizer), d_model=128, d_ff=256)
     set_strength(model, STRENGTHS[name])
     without = loss_and_gradients(model)
     prepare_weights(model)
@@ -121,6 +127,13 @@ def test_weights_are_quantized_once_for_all_micro_batches(
     assert calls[kernel] == 2 * num_layers + again
 
 
+def fresh(layer: BitLinear) -> BitLinear:
+    """The same layer, which has prepared nothing."""
+    copied = copy.deepcopy(layer)
+    forget_weights(copied)
+    return copied
+
+
 def test_a_changed_weight_or_strength_is_noticed() -> None:
     layer = BitLinear(D, FF, QuantConfig())
     x = noise(5, D)
@@ -137,10 +150,12 @@ def test_a_changed_weight_or_strength_is_noticed() -> None:
     assert torch.equal(layer(x), blended)
     set_strength(layer, SIXTEEN_BIT)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
-    prepare_weights(layer)
     set_strength(layer, TERNARY)
-    layer.weight.data = layer.weight.data.clone() * 3
-    assert torch.equal(layer(x), copy.deepcopy(layer)(x))
+    prepare_weights(layer)
+    before = layer(x)
+    layer.weight.data = layer.weight.data * 3  # another storage, of no other version
+    assert not torch.equal(layer(x), before)
+    assert torch.equal(layer(x), fresh(layer)(x))
 
 
 def test_a_write_through_data_needs_forget() -> None:
@@ -307,6 +322,42 @@ def test_a_compiled_block_has_no_graph_break(name: str, prepared: bool) -> None:
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
 
 
+def test_a_compiled_layer_serves_every_step_of_one_strength() -> None:
+    """New weights and codes need no new graph; another λ does, as docs/kernels.md says."""
+    layer = BitLinear(D, FF, QuantConfig())
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    outputs, graphs = [], []
+    for strength in (TERNARY, TERNARY, TERNARY, Strength(0.5, 0.5)):
+        set_strength(layer, strength)
+        prepare_weights(layer)
+        outputs.append(compiled(noise(5, D)))
+        assert torch.equal(outputs[-1], layer(noise(5, D)))
+        graphs.append(counter.frame_count)
+        with torch.no_grad():
+            layer.weight.add_(0.1 * noise(FF, D, seed=len(graphs)))
+    assert graphs[:3] == [1, 1, 1] and graphs[3] > 1
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_nothing_is_copied_from_or_to_the_host(name: str) -> None:
+    """Tensors of the meta device have no values, and an operator that mixes devices is seen."""
+    for fused in (None, (16, 8, 24)):
+        with torch.device("meta"):
+            layer = BitLinear(256, FF, preset(name), bias=True)
+            x_TD = torch.empty(2, 3, 256, requires_grad=True)
+        if fused:
+            layer.rows, layer.kernels = fused, None
+        for strength in (*STRENGTHS.values(), Strength(1.0, 1.0, 0.3)):
+            set_strength(layer, strength)
+            with NoHostMemory():
+                prepare_weights(layer)
+                layer(x_TD).sum().backward()
+    assert x_TD.grad is not None and x_TD.grad.is_meta
+
+
 @pytest.mark.parametrize("name", STRENGTHS)
 @pytest.mark.parametrize("bits", [None, 8, 16, 24])
 def test_nothing_waits_for_the_device(name: str, bits: int | None) -> None:
@@ -350,6 +401,21 @@ def test_set_kernels() -> None:
     for name in ("reference", "auto"):
         set_kernels(other, name, "cpu")
         assert other.layers[0].attn.q.kernels is None
+
+
+def test_auto_says_once_what_it_leaves_to_plain_pytorch(caplog: pytest.LogCaptureFixture) -> None:
+    log_specification.cache_clear()
+    linears = nn.ModuleDict({name: nn.Linear(D, 3 * D) for name in ("a", "b", "qkv")})
+    with caplog.at_level(logging.INFO, "bitscale.quant.kernels"):
+        bitlinearize(linears, "twn", include=["a", "b"], kernel="auto")
+        bitlinearize(linears, include="qkv", fused={"qkv": 3}, kernel="auto")
+    assert [layer.kernels for _, layer in bit_linears(linears)] == [None] * 3
+    assert caplog.messages == [
+        f"quant.kernel='auto': plain PyTorch computes layers with {what}; kernels know b158 and "
+        "absmedian with one matrix a weight"
+        for what in ("another quantizer", "several matrices in a weight")
+    ]
+    log_specification.cache_clear()
 
 
 def test_a_kernel_for_a_preset_that_it_does_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:

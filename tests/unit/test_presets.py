@@ -222,13 +222,13 @@ def test_quest_levels_are_those_of_least_error() -> None:
 
 
 def test_rotation_needs_whole_blocks(make_config: Callable[..., Config]) -> None:
-    with pytest.raises(ConfigError, match="hadamard=128 does not divide 100 inputs"):
+    with pytest.raises(ConfigError, match="hadamard=128 does not divide 100 inputs; use another"):
         bit_linear(gaussian(2, 100), gaussian(4, 100), None, TERNARY, preset("quest"))
     with pytest.raises(ConfigError, match=r"quant: 128 \(hadamard\) does not divide model.d_model"):
         make_config("quant.preset=quest")
-    with pytest.raises(ConfigError, match="hadamard=96 is not a power of two"):
+    with pytest.raises(ConfigError, match="hadamard=96 is not a power of two; use one"):
         replace(preset("quest"), hadamard=96)
-    with pytest.raises(ConfigError, match="neither gradient='trust' nor a Hadamard"):
+    with pytest.raises(ConfigError, match="hadamard=128; use product='dequantized'"):
         replace(preset("sdu"), hadamard=128)
 
 

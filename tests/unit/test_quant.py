@@ -4,6 +4,7 @@ Shapes: T tokens, D inputs, F outputs.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ import torch.nn.functional as F
 from gaussian import gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import HARD_WEIGHTS, MEASURES, assert_same
 from torch import Tensor
 
 from bitscale.config import QuantConfig
+from bitscale.config.spec import CodeSpec
 from bitscale.quant import reference
-from bitscale.quant.quantizer import exact_sum
+from bitscale.quant.kernels.table import Measure
+from bitscale.quant.quantizer import exact_sum, quantize
 from bitscale.quant.reference import (
     MAX_EXACT_INPUTS,
     Ternary,
@@ -26,6 +30,7 @@ from bitscale.quant.reference import (
     ternary_linear,
     weight_scale,
 )
+from bitscale.quant.scales import Shard, group_scales
 from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
 
 pytestmark = pytest.mark.unit
@@ -90,6 +95,33 @@ def test_ties_round_to_even() -> None:
     assert codes_FD.tolist() == [[0, 0, 1, -1], [1, -1, 1, 1]]
 
 
+@pytest.mark.parametrize(
+    ("rounding", "codes"),
+    [
+        ("half_even", [-4, -2, -2, 0, 0, 2, 2, 4]),
+        ("half_up", [-3, -2, -1, 0, 1, 2, 3, 4]),
+        ("half_away", [-4, -3, -2, -1, 1, 2, 3, 4]),
+    ],
+)
+@pytest.mark.parametrize("arithmetic", ["fp32", "native"])
+def test_every_rounding_of_ties(rounding: Any, codes: list[int], arithmetic: Any) -> None:
+    """By a scale of 1: the largest of a row is its code."""
+    part = CodeSpec(
+        "absmax", 7.0, -8, 7, granularity="row", rounding=rounding, arithmetic=arithmetic
+    )
+
+    def codes_of(values: Tensor) -> list[int]:
+        return quantize(torch.cat([values, torch.tensor([7.0])])[None], part).codes[0, :8].tolist()
+
+    halves = torch.tensor([-3.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5])
+    assert codes_of(halves) == codes
+    if rounding == "half_up":
+        return  # the peer adds ½ in fp32, which makes ties of some neighbours
+    above, below = (halves.nextafter(torch.tensor(end)) for end in (torch.inf, -torch.inf))
+    assert codes_of(above) == (halves + 0.5).int().tolist()
+    assert codes_of(below) == (halves - 0.5).int().tolist()
+
+
 def test_the_mean_is_the_same_in_any_order() -> None:
     """Shards, blocks and permutations of one matrix: bit for bit one sum, near the true one."""
     magnitude = (gaussian(512, 384) * 0.02).abs()
@@ -103,6 +135,23 @@ def test_the_mean_is_the_same_in_any_order() -> None:
             assert torch.equal(sum(shards), whole)
     orders = (magnitude.flatten(), magnitude.flatten()[permutation])
     assert len({float(m.double().cumsum(0)[-1]) for m in orders}) == 2  # else the order shows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("measure", MEASURES)
+def test_scales_by_sums_and_histograms_are_the_quantizers(
+    measure: Measure, dtype: torch.dtype
+) -> None:
+    """What ranks add up (scales.py), of one matrix and of several in one weight, on one rank."""
+    weights = [w.to(dtype).flatten(1) for w in HARD_WEIGHTS.values()]
+    quant = QuantConfig(weight_scale=measure)
+    got = group_scales([Shard(w) for w in weights], measure, quant.eps, None)
+    for scales_M, w in zip(got, weights, strict=True):
+        assert_same(scales_M, weight_scale(w, quant)[None])
+    parts = [gaussian(rows, 33, seed=rows, dtype=dtype) * rows for rows in (4, 7, 2)]
+    matrix_F = torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor([4, 7, 2]))
+    (scales_M,) = group_scales([Shard(torch.cat(parts), matrix_F, 3)], measure, quant.eps, None)
+    assert_same(scales_M, torch.stack([weight_scale(part, quant) for part in parts]))
 
 
 def test_eps_is_the_smallest_scale() -> None:

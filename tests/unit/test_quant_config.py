@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[2]
         ),
         (
             lambda: CodeSpec(measure="absmean", granularity="row_shard", num_shards=-1),
-            "must be positive",
+            "num_shards=-1: give a positive number",
         ),
         (lambda: replace(preset("b158"), activation=None), "needs quantized activations"),
         (lambda: replace(preset("group64"), product="integer"), "several weight scales"),

@@ -88,6 +88,15 @@ def test_the_rank_that_is_in_no_collective_holds_up_the_others() -> None:
     )
 
 
+def test_a_rank_that_its_own_watchdog_has_ended_is_furthest_behind() -> None:
+    hung = beat(2, waiting_for=None, phase="failed", failure="hang", place="x.py:9 in hang")
+    assert blamed(beat(0), beat(1), hung, beat(3)) == (
+        2,
+        "furthest behind is rank 2 on host-2: hung at step 7, is not in a collective, "
+        "at x.py:9 in hang",
+    )
+
+
 def test_the_lowest_step_is_furthest_behind() -> None:
     assert blamed(beat(0), beat(1), beat(2, step=6), beat(3, waiting_for=None))[0] == 2
 
@@ -99,8 +108,14 @@ def test_this_rank_s_own_place_is_newer_than_its_heartbeat() -> None:
 
 
 def test_ranks_that_all_wait() -> None:
-    network = "every rank waits in all_reduce at a.py:1 in f: look at the network between them"
+    network = (
+        "every rank waits in all_reduce at a.py:1 in f: look at the network between "
+        "rank 0 on host-0 and rank 1 on host-1 and rank 2 on host-2 and rank 3 on host-3"
+    )
     assert blamed(*map(beat, range(4))) == (-1, network)
+    assert blamed(*map(beat, range(6))) == (-1, f"{network} and others")
+    together = [beat(rank, host="host-0") for rank in range(4)]
+    assert blamed(*together)[1].endswith("f: look at the network")
     rank, text = blamed(beat(0), beat(1), beat(2, waiting_for="broadcast"), beat(3))
     assert rank == -1
     assert text == (

@@ -18,9 +18,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from kernel_cases import NoHostMemory
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
+from bitscale.config import ModelConfig, QuantConfig
+from bitscale.model.bitlinear import bit_linears, prepare_weights, set_strength
+from bitscale.model.decoder import Decoder
 from bitscale.quant.kernels import Kernels
 from bitscale.quant.reference import Int8Rows, Ternary
+from bitscale.quant.schedule import TERNARY, Strength
 
 pytestmark = [
     pytest.mark.unit,
@@ -303,6 +310,92 @@ def test_sizes_of_one_compile(compile_launches: Callable[..., list[Usage]]) -> N
         (k.rms_norm_grad, (one, one, one, one[0])),
     ):
         assert all(usage.stack_bytes == 0 for usage in compile_launches(function, *args))
+
+
+# --- What surrounds the launches, in a decoder layer ---
+
+
+def block_on_triton(quant: QuantConfig, strength: Strength, device: str) -> tuple[nn.Module, Any]:
+    """A decoder layer on Triton's kernels, its weights prepared, and its arguments."""
+    from bitscale.quant.kernels.triton_table import KERNELS
+
+    model = Decoder(
+        ModelConfig(vocab_size=61, num_layers=1, d_model=32, num_heads=4, d_ff=48), quant, seed=1
+    ).to(device)
+    block = model.layers[0]
+    set_strength(block, strength)
+    for _, layer in bit_linears(block):
+        layer.kernels = KERNELS
+    x_BSD = torch.zeros(2, 8, 32, device=device, requires_grad=True)
+    return block, (x_BSD, *model.rotary(8, torch.device(device)), None)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels whose launches are asked for; none is launched or compiled."""
+    from triton.runtime.jit import JITFunction
+
+    names: list[str] = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *_, **__: names.append(self.__name__))
+    return names
+
+
+@pytest.mark.parametrize("measure", ["absmean", "absmedian"])
+@pytest.mark.parametrize("bits", [None, 8, 16, 24])
+def test_nothing_waits_between_launches(launched: list[str], bits: Any, measure: Any) -> None:
+    """The Python around the kernels neither asks for a value nor copies from or to the host."""
+    quant = QuantConfig(gradient_bits=bits, weight_scale=measure)
+    for strength in (TERNARY, Strength(0.3, 0.6), Strength(1.0, 0.5), Strength(0.0, 0.7)):
+        launched.clear()
+        block, arguments = block_on_triton(quant, strength, "meta")
+        with NoHostMemory():
+            prepare_weights(block)
+            block(*arguments).sum().backward()
+        assert arguments[0].grad is not None
+        weight = {"absmean": "abs_sum_partials", "absmedian": "count_digits"}[measure]
+        assert (weight in launched) == (strength.weight > 0)
+        assert ("forward" in launched) == (strength == TERNARY)
+
+
+def test_compiled_block_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile takes the launches of both passes into its graph, without a break.
+
+    Only the tracing is shown: what a GPU's compiler makes of the graph needs a GPU.
+    """
+    from triton.runtime import driver
+
+    class Traced(Exception):
+        """Ends the compilation: the graph cannot run here."""
+
+    graphs: list[torch.fx.GraphModule] = []
+
+    def take(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        raise Traced
+
+    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)
+    monkeypatch.setattr(driver, "_active", Sm90Driver())
+    for strength, kernels in (
+        (TERNARY, {"quantize_row", "forward", "multiply_bytes", "norm_grad_rows"}),
+        (Strength(0.3, 0.6), {"blend_row", "blend_ternary"}),
+    ):
+        graphs.clear()
+        block, arguments = block_on_triton(QuantConfig(gradient_bits=16), strength, "cpu")
+        torch._dynamo.reset()
+        with pytest.raises(BackendCompilerFailed, match="Traced"):
+            torch.compile(block, fullgraph=True, backend=take)(*arguments)
+        (graph,) = graphs
+        launches = [
+            node
+            for module in graph.modules()
+            if isinstance(module, torch.fx.GraphModule)
+            for node in module.graph.nodes
+            if "triton_kernel_wrapper" in str(node.target)
+        ]
+        table = torch._higher_order_ops.triton_kernel_wrap.kernel_side_table
+        taken = [table.get_kernel(node.kwargs["kernel_idx"]) for node in launches]
+        # Dynamo keeps the launch's options in an autotuner of one configuration.
+        assert kernels <= {getattr(kernel, "fn", kernel).__name__ for kernel in taken}
 
 
 def test_document_tells_what_was_compiled(compiled: dict[str, list[Usage]]) -> None:

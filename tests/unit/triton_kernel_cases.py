@@ -8,7 +8,13 @@ Shapes: T tokens, D inputs, F outputs.
 
 import pytest
 import torch
-from kernel_cases import HARD_ROWS, HARD_WEIGHTS, MEASURES, SHAPES
+from kernel_cases import (
+    HARD_ROWS,
+    HARD_WEIGHTS,
+    MEASURES,
+    SHAPES,
+    assert_at_most_twice_naive_bf16,
+)
 from torch import Tensor
 
 from bitscale.errors import KernelUnavailable
@@ -80,6 +86,12 @@ def test_codes_at_random_scales() -> None:
         w_FD = bits.view(torch.float32).to(DEVICE).view(20, 20)
         want = REFERENCE.ternarize(w_FD, "absmean", scale)
         assert_same(TRITON.ternarize(w_FD, "absmean", scale).codes_FD, want.codes_FD)
+
+
+def test_sums_are_of_multiples_of_the_grid() -> None:
+    """As everywhere (`exact_sum`): numbers below 2^-31 count as 0."""
+    w_FD = torch.full((40, 50), 3e-10, device=DEVICE)
+    assert float(TRITON.ternarize(w_FD, "absmean", 1e-12).scale) == float(torch.tensor(1e-12))
 
 
 def test_scale_of_many_values_does_not_drift() -> None:
@@ -395,6 +407,10 @@ def test_layer_equals_the_reference(dtype: torch.dtype) -> None:
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     for name in ("x", "w"):
         assert error(got[name], want[name].double()) < tolerance * float(want[name].norm())
+
+
+def test_bf16_layer_is_at_most_twice_as_far_off_as_naive_bf16() -> None:
+    assert_at_most_twice_naive_bf16(TRITON, DEVICE)
 
 
 def test_layer_adds_to_main_grad_over_micro_batches() -> None:

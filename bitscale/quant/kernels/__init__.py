@@ -8,7 +8,7 @@ from bitscale.errors import KernelUnavailable
 from bitscale.quant.kernels import plain
 from bitscale.quant.kernels.table import Kernels, Measure, NormedRows
 
-__all__ = ["KERNEL_NAMES", "Kernels", "Measure", "NormedRows", "get_kernels"]
+__all__ = ["KERNEL_NAMES", "Kernels", "Measure", "NormedRows", "get_kernels", "log_specification"]
 
 KERNEL_NAMES = ("auto", "reference", "cpu", "triton")
 
@@ -35,6 +35,16 @@ def get_kernels(name: str, device_type: str) -> Kernels:
         return _choose(device_type)
     raise KernelUnavailable(
         f"quant.kernel={name!r} does not exist; use one of {', '.join(KERNEL_NAMES)}"
+    )
+
+
+@cache
+def log_specification(what: str) -> None:
+    """Tell, once, that `auto` leaves layers with `what` to plain PyTorch."""
+    _log.info(
+        "quant.kernel='auto': plain PyTorch computes layers with %s; kernels know b158 and "
+        "absmedian with one matrix a weight",
+        what,
     )
 
 
