@@ -3,7 +3,9 @@
     python tools/bench_data.py                                # the documentation inside Python
     python tools/bench_data.py --text /path/to/texts --workers 2 --repeats 5 --json out.json
 
-Three ways from the same JSON lines to tokens, in turns, each in processes of its own; medians:
+Three ways from the same JSON lines to tokens, in turns, each in processes of its own; medians.
+Processor seconds (of all processes of a way, without the imports of the first) hardly depend on
+what else the machine does; wall-clock seconds do.
 
 - limit: one process that holds the texts in memory and encodes them in one call on all threads;
   nothing is read or written meanwhile. Its time leaves imports and reading out.
@@ -20,6 +22,7 @@ import filecmp
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,14 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from tqdm import tqdm
 
-from bitscale.data.batches import Batches
-from bitscale.data.corpus import load_corpus
 from bitscale.data.sources import SourceOptions, find_inputs, read_span
 from bitscale.data.tokenizer import load_tokenizer, train_tokenizer
-from provenance import provenance
+
+# No torch up here: the workers of `prepare` import this module again, as they would a command's.
 
 PACKAGES = ("sentencepiece", "megatron-core", "numpy", "torch")
 SAMPLE_SECONDS = 0.02
@@ -53,10 +54,11 @@ def limit(lines: Path, tokenizer_file: Path, workers: int) -> dict[str, float]:
 
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file))
     texts = [json.loads(line)["text"] for line in lines.open(encoding="utf-8")]
-    start = time.perf_counter()
+    start, begun = time.perf_counter(), processor_seconds()
     ids = tokenizer.encode(texts, num_threads=workers)
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "tokens": sum(map(len, ids)) + len(ids)}
+    seconds, busy = time.perf_counter() - start, processor_seconds() - begun
+    tokens = sum(map(len, ids)) + len(ids)
+    return {"seconds": seconds, "tokens": tokens, "processor_seconds": busy}
 
 
 class Encoder:
@@ -77,10 +79,11 @@ class Encoder:
 
 def megatron(lines: Path, tokenizer_file: Path, workers: int, out: Path) -> dict[str, float]:
     import numpy as np
+    import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     out.mkdir(parents=True, exist_ok=True)
-    start, num_tokens = time.perf_counter(), 0
+    start, begun, num_tokens = time.perf_counter(), processor_seconds(), 0
     encoder = Encoder(tokenizer_file)
     builder = IndexedDatasetBuilder(str(out / "train.bin"), dtype=np.uint16)
     with (
@@ -91,13 +94,19 @@ def megatron(lines: Path, tokenizer_file: Path, workers: int, out: Path) -> dict
             builder.add_document(torch.IntTensor(ids), [len(ids)])
             num_tokens += len(ids)
     builder.finalize(str(out / "train.idx"))
-    return {"seconds": time.perf_counter() - start, "tokens": num_tokens}
+    return {
+        "seconds": time.perf_counter() - start,
+        "processor_seconds": processor_seconds() - begun,
+        "tokens": num_tokens,
+    }
 
 
 def bitscale(lines: Path, tokenizer_file: Path, workers: int, out: Path) -> dict[str, float]:
     from bitscale.data.prepare import PrepareOptions, prepare
 
-    start = time.perf_counter()
+    if out.exists():
+        shutil.rmtree(out)  # else it is up to date, and nothing is done
+    start, begun = time.perf_counter(), processor_seconds()
     options = PrepareOptions(
         inputs=(str(lines),), out=out, source=SourceOptions(), tokenizer=tokenizer_file,
         split=(1.0, 0.0, 0.0), workers=workers, overwrite=True,
@@ -105,6 +114,7 @@ def bitscale(lines: Path, tokenizer_file: Path, workers: int, out: Path) -> dict
     corpus = prepare(options)
     return {
         "seconds": time.perf_counter() - start,
+        "processor_seconds": processor_seconds() - begun,
         "tokens": corpus.splits["train"].num_tokens,
     }
 
@@ -117,6 +127,12 @@ def work(way: str, folder: Path, workers: int) -> None:
         write = {"megatron": megatron, "bitscale": bitscale}[way]
         found = write(lines, tokenizer_file, workers, folder / way)
     print(json.dumps(found))
+
+
+def processor_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 # --- Measuring ---
@@ -166,6 +182,9 @@ def _sample(process: subprocess.Popen[bytes], peak: list[float]) -> None:
 
 def measure_reading(folder: Path, seq_len: int = 2048, num_steps: int = 200) -> float:
     """Microseconds a sequence of `seq_len` tokens, shuffled, as training reads it."""
+    from bitscale.data.batches import Batches
+    from bitscale.data.corpus import load_corpus
+
     corpus = load_corpus(folder / "bitscale")
     batches = Batches(
         [(corpus.shard("train"), 1.0)], seq_len=seq_len, global_batch_size=8,
@@ -182,15 +201,19 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
         return statistics.median(found[key] for found in results[way])
 
     lines = [
-        "| way | tokens/s | of the limit | whole process s | start-up s | peak MiB |",
-        "|---|---|---|---|---|---|",
+        "| way | tokens/s | of the limit | tokens a processor second | of the limit | "
+        "whole process s | start-up s | peak MiB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     best = results["limit"][0]["tokens"] / median("limit", "seconds")
+    cheapest = results["limit"][0]["tokens"] / median("limit", "processor_seconds")
     for way, runs in results.items():
         speed = runs[0]["tokens"] / median(way, "seconds")
+        thrift = runs[0]["tokens"] / median(way, "processor_seconds")
         whole, inside = median(way, "whole_seconds"), median(way, "seconds")
         lines.append(
-            f"| {way} | {speed:,.0f} | {speed / best:.2f} | {whole:.2f} | {whole - inside:.2f} | "
+            f"| {way} | {speed:,.0f} | {speed / best:.2f} | {thrift:,.0f} | "
+            f"{thrift / cheapest:.2f} | {whole:.2f} | {whole - inside:.2f} | "
             f"{median(way, 'mib'):.0f} |"
         )
     return "\n".join(lines)
@@ -204,6 +227,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--note", default="", help="on the state of the machine, for the records")
     parser.add_argument("--json", type=Path, help="write figures and provenance here")
     parser.add_argument("--work", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -233,7 +257,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\nmegatron's and bitscale's files are {'equal' if equal else 'DIFFERENT'}")
     print(f"reading a sequence of 2,048 tokens: {reading:.0f} µs")
     if args.json:
+        from provenance import provenance
+
         origin = provenance(f"CPU, {os.cpu_count()} cores", PACKAGES)
+        origin |= {"note": args.note, "load_average": os.getloadavg()}
         found = {"provenance": origin, "results": results, "reading_us": reading, "equal": equal}
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0 if equal else 1

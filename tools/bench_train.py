@@ -1,23 +1,29 @@
 """Time whole training steps: 16 bit and ternary, ours and the public ones, side by side.
 
-    python tools/bench_train.py                               # every contender, about 8 minutes
+    python tools/bench_train.py                     # every contender; minutes on an idle machine
     python tools/bench_train.py --set model.d_model=1024 data.seq_len=1024 --repeats 15
-    python tools/bench_train.py --contenders plain-16bit,ours-cpu --json out.json --markdown
+    python tools/bench_train.py --contenders plain-16bit,ours-cpu --json out.json
 
 Each contender is a process of its own with the same decoder shapes, the same random tokens and
 AdamW. They take turns step by step, so that a slow minute of the machine hits all of them; figures
-are medians with quartiles. Memory is the largest resident set less that after the imports.
+are medians with quartiles. On a CPU they are seconds of processor time in one thread: these hardly
+depend on what else the machine does. Wall-clock seconds are in the JSON, and mean something on an
+idle machine. On a GPU they are seconds until the loss is there. Memory is the largest resident set
+less that after the imports (on a GPU, of torch's allocator). One rank sends nothing: for bytes on
+the wire see tools/bench_scale.py.
 
-Contenders: our decoder in 16 bit on DeepSpeed (ZeRO-1) and with a plain torch loop; our ternary
-training with each kernel and width of gradients; our decoder and engine with another package's
-linear layers swapped in; transformers' Llama with a plain loop. What cannot run is listed with the
-reason. Peers: pip install bitlinear transformers torchao.
+Contenders: our decoder in 16 bit in our engine, on DeepSpeed alone, and with a plain torch loop;
+our ternary training with each kernel and width of gradients, compiled or not; our decoder and
+engine with another package's linear layers swapped in; transformers' Llama with a plain loop. "16
+bit" is unquantized training in `train.dtype`. What cannot run is listed with the reason. Peers: pip
+install bitlinear onebitllms transformers torchao.
 """
 
 import argparse
 import contextlib
 import importlib
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -38,6 +44,7 @@ from bitscale.data.batches import MicroBatch
 from bitscale.engine import TrainEngine
 from bitscale.mesh import init_mesh
 from bitscale.model.bitlinear import bit_linears, set_strength
+from bitscale.model.compiled import compile_blocks
 from bitscale.model.decoder import Decoder
 from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY
 from provenance import provenance
@@ -46,11 +53,11 @@ PACKAGES = ("torch", "deepspeed", "bitlinear", "transformers", "torchao", "onebi
 WARM_UPS = 2
 DEFAULTS = """\
 run: {dir: unused}
-model: {num_layers: 6, d_model: 512, num_heads: 8, num_kv_heads: 4, d_ff: 1408, vocab_size: 8192}
+model: {num_layers: 3, d_model: 512, num_heads: 8, num_kv_heads: 4, d_ff: 1408, vocab_size: 2048}
 data: {corpora: [{path: unused}], seq_len: 512}
 train: {steps: 1000, global_batch_size: 4, micro_batch_size: 4, dtype: fp32}
 optim: {lr: 1e-4}
-engine: {device: auto, zero_stage: 1}
+engine: {device: auto, zero_stage: 1, num_threads: 1}
 """
 
 Step = Callable[[Tensor, Tensor], float]  # one optimizer step on ids and targets [B, S]; the loss
@@ -64,9 +71,19 @@ class Contender(NamedTuple):
 # --- Contenders ---
 
 
-def ours(cfg: Config, kernel: str, bits: int | None = None, *, ternary: bool = True) -> Step:
-    quant = cfg.quant.model_copy(update={"kernel": kernel, "gradient_bits": bits})
-    return on_engine(cfg.model_copy(update={"quant": quant}), ternary=ternary)
+def ours(
+    cfg: Config,
+    kernel: str = "reference",
+    bits: int | None = None,
+    *,
+    ternary: bool = True,
+    compiled: bool = False,
+) -> Step:
+    changes = {
+        "quant": cfg.quant.model_copy(update={"kernel": kernel, "gradient_bits": bits}),
+        "train": cfg.train.model_copy(update={"compile": compiled}),
+    }
+    return on_engine(cfg.model_copy(update=changes), ternary=ternary)
 
 
 def swapped(cfg: Config, make: Callable[[nn.Linear], nn.Module]) -> Step:
@@ -81,6 +98,8 @@ def on_engine(
     model = Decoder(cfg.model, cfg.quant, seed=0)
     if make is not None:
         replace_linears(model, make)
+    if cfg.train.compile:
+        compile_blocks(model, mesh.device.type)
     if cfg.train.dtype == "bf16":
         model.bfloat16()
     engine = TrainEngine(cfg, model.to(mesh.device), mesh)
@@ -108,6 +127,32 @@ def plain(cfg: Config) -> Step:
     return plain_loop(cfg, model, lambda ids, targets: model(ids, targets))
 
 
+def deepspeed_alone(cfg: Config) -> Step:
+    """Our decoder in 16 bit, given to DeepSpeed as its documentation says."""
+    device = init_mesh(cfg.engine.device, cfg.engine.num_threads).device
+    deepspeed = importlib.import_module("deepspeed")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else minutes of compilation
+    model = Decoder(cfg.model, cfg.quant, seed=0).to(device)
+    size = cfg.train.micro_batch_size
+    settings = {
+        "train_batch_size": size,
+        "train_micro_batch_size_per_gpu": size,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": cfg.engine.zero_stage},
+        "bf16": {"enabled": cfg.train.dtype == "bf16"},
+    }
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adam, config=settings)
+
+    def step(ids_BS: Tensor, targets_BS: Tensor) -> float:
+        loss = engine(ids_BS.to(device), targets_BS.to(device))
+        engine.backward(loss)
+        engine.step()
+        return float(loss)
+
+    return step
+
+
 def transformers_llama(cfg: Config) -> Step:
     transformers = importlib.import_module("transformers")
     m = cfg.model
@@ -115,7 +160,7 @@ def transformers_llama(cfg: Config) -> Step:
         transformers.LlamaConfig(
             vocab_size=m.vocab_size, hidden_size=m.d_model, intermediate_size=m.d_ff,
             num_hidden_layers=m.num_layers, num_attention_heads=m.num_heads,
-            num_key_value_heads=num_kv_heads(m), tie_word_embeddings=m.tie_embeddings,
+            num_key_value_heads=num_kv_heads(cfg), tie_word_embeddings=m.tie_embeddings,
             max_position_embeddings=cfg.data.seq_len, use_cache=False,
         )
     )  # fmt: skip
@@ -206,16 +251,24 @@ def torchao_plain(cfg: Config) -> Step:
 
 
 CONTENDERS = {
-    "ours-16bit": Contender("bitscale, 16 bit", lambda c: ours(c, "reference", ternary=False)),
-    "plain-16bit": Contender("its decoder, 16 bit, plain torch loop", plain),
-    "llama-16bit": Contender("transformers' Llama, 16 bit, plain torch loop", transformers_llama),
+    "ours-16bit": Contender("bitscale, 16 bit", lambda c: ours(c, ternary=False)),
+    "ours-16bit-compiled": Contender(
+        "the same, train.compile", lambda c: ours(c, ternary=False, compiled=True)
+    ),
+    "deepspeed-16bit": Contender("its decoder on DeepSpeed alone", deepspeed_alone),
+    "plain-16bit": Contender("its decoder, plain torch loop", plain),
+    "llama-16bit": Contender("transformers' Llama, plain torch loop", transformers_llama),
     "fake": Contender("fake quantization swapped in", lambda c: swapped(c, fake)),
     "bitlinear": Contender("bitlinear swapped in", lambda c: swapped(c, bitlinear)),
     "transformers": Contender("AutoBitLinear swapped in", lambda c: swapped(c, auto_bit_linear)),
     "onebitllms": Contender("onebitllms swapped in", lambda c: swapped(c, onebit)),
     "torchao": Contender("torchao's bitnet_training, plain torch loop", torchao_plain),
-    "ours-reference": Contender("bitscale, ternary, plain PyTorch", lambda c: ours(c, "reference")),
+    "ours-reference": Contender("bitscale, ternary, plain PyTorch", ours),
     "ours-cpu": Contender("bitscale, ternary, kernel cpu", lambda c: ours(c, "cpu")),
+    "ours-cpu-compiled": Contender(
+        "the same, train.compile", lambda c: ours(c, "cpu", compiled=True)
+    ),
+    "ours-cpu-int24": Contender("kernel cpu, int24 gradients", lambda c: ours(c, "cpu", 24)),
     "ours-cpu-int16": Contender("the same, int16 gradients", lambda c: ours(c, "cpu", 16)),
     "ours-cpu-int8": Contender("the same, int8 gradients", lambda c: ours(c, "cpu", 8)),
     "ours-triton": Contender("bitscale, ternary, kernel triton", lambda c: ours(c, "triton")),
@@ -231,8 +284,9 @@ def work(name: str, cfg: Config) -> None:
     stdout = sys.stdout
     sys.stdout = sys.stderr  # libraries print
     assert cfg.model.vocab_size is not None
-    before = _resident_mib()
     try:
+        import_all()
+        before = _peak_mib()
         step = CONTENDERS[name].build(cfg)
         generator = torch.Generator().manual_seed(0)
         shape = (cfg.train.micro_batch_size, cfg.data.seq_len + 1)
@@ -244,16 +298,25 @@ def work(name: str, cfg: Config) -> None:
         return
     print(json.dumps({"losses": losses}), file=stdout, flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
+        begun, begun_wall = clock(), time.perf_counter()
         loss = step(ids[:, :-1], ids[:, 1:])
-        found = {"seconds": time.perf_counter() - start, "loss": loss}
+        wall = time.perf_counter() - begun_wall
+        found = {"seconds": clock() - begun, "wall_seconds": wall, "loss": loss}
         print(json.dumps(found | {"mib": _peak_mib() - before}), file=stdout, flush=True)
 
 
-def _resident_mib() -> float:
-    if torch.cuda.is_available():
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def import_all() -> None:
+    """What contenders would import while they are built, which is not their training's memory."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    for name in ("deepspeed", "transformers", "transformers.models.llama.modeling_llama"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+def clock() -> float:
+    """Seconds that count: of this process's threads on a CPU, of the world with a GPU."""
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
 def _peak_mib() -> float:
@@ -295,14 +358,15 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 started.stdin.write("\n")
                 started.stdin.flush()
                 found = json.loads(started.stdout.readline())
-                results[name].setdefault("seconds", []).append(found["seconds"])
+                for key in ("seconds", "wall_seconds"):
+                    results[name].setdefault(key, []).append(found[key])
                 results[name]["losses"].append(found["loss"])
                 results[name]["mib"] = found["mib"]
     return results
 
 
 def table(results: dict[str, dict[str, Any]], num_tokens: int) -> str:
-    """Markdown; ratios over our own 16-bit step."""
+    """Markdown; "over": how many times as fast as our own step in 16 bit."""
     lines = [
         "| contender | what | step s (quartiles) | tokens/s | over ours-16bit | peak MiB | loss |",
         "|---|---|---|---|---|---|---|",
@@ -330,10 +394,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", help="YAML; default: 6 layers of width 512, 2,048 tokens")
+    parser.add_argument("--config", help="YAML; default: 3 layers of width 512, 2,048 tokens")
     parser.add_argument("--set", nargs="*", default=[], help="overrides: section.key=value")
     parser.add_argument("--contenders", default=",".join(CONTENDERS), help="default: all")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--note", default="", help="on the state of the machine, for the records")
     parser.add_argument("--json", type=Path, help="write figures and provenance here")
     parser.add_argument("--verbose", action="store_true", help="show what the contenders print")
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -361,12 +426,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.work:
         work(args.work, cfg)
         return 0
+    load = [os.getloadavg()]
     results = measure(args)
+    load.append(os.getloadavg())
     num_tokens = cfg.train.micro_batch_size * cfg.data.seq_len
     print(table(results, num_tokens))
     if args.json:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        origin = provenance(device, PACKAGES)
+        origin = provenance(device, PACKAGES) | {"note": args.note, "load_average": load}
         shapes = {"model": cfg.model.model_dump(mode="json"), "tokens": num_tokens}
         found = {"provenance": origin, **shapes, "dtype": cfg.train.dtype, "results": results}
         args.json.write_text(json.dumps(found, indent=1) + "\n")

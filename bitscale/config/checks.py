@@ -113,6 +113,12 @@ def _check_engine(cfg: Config) -> None:
             "engine.zero_stage=0 with train.dtype='bf16' has no fp32 gradient accumulation in "
             "DeepSpeed; use engine.zero_stage=1 (the same update) or train.dtype='fp32'"
         )
+    if cfg.train.compile and (cfg.engine.zero_stage == 3 or cfg.parallel.tp > 1):
+        raise ConfigError(
+            f"train.compile=true makes one graph of a block, and engine.zero_stage="
+            f"{cfg.engine.zero_stage} with parallel.tp={cfg.parallel.tp} communicates inside of "
+            "it; use engine.zero_stage=1 or 2 with parallel.tp=1, or train.compile=false"
+        )
     raw = cfg.engine.deepspeed
     for key, ours in _OWNED_DEEPSPEED_KEYS.items():
         if key in raw:

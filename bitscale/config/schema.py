@@ -263,6 +263,8 @@ class TrainConfig(Section):
     # recomputed in the backward pass; selective: norms, attention, the gated product and codes, but
     # no matrix product; full: whole blocks
     activation_checkpointing: Checkpointing = "none"
+    # torch.compile of the decoder blocks, while λ is 0 or 1; on a CPU it needs a C++ compiler
+    compile: bool = False
     eval_every: NonNegativeInt = 0  # steps; 0: only at the end
     eval_batches: NonNegativeInt = 0  # global batches of validation text; 0: all of it
 

@@ -1,13 +1,15 @@
 """The optimizers that DeepSpeed's ZeRO can run: what they update, element by element, may be cut
 into flat pieces anywhere."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitscale.config import OptimConfig
+
+PIECE_ELEMENTS = 65536  # five tensors of 256 kB: a core's cache
 
 
 class Lion(torch.optim.Optimizer):
@@ -50,6 +52,50 @@ class Lion(torch.optim.Optimizer):
         momentum.lerp_(grad, 1.0 - beta2)
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW for a CPU, bit for bit, some elements at a time.
+
+    ZeRO hands it all parameters as one flat tensor, whose temporaries and passes then stay in the
+    cache. (torch's fused kernel is faster still, but rounds the last elements of a tensor otherwise
+    than the others: updates would depend on where ZeRO cuts.)
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        lr, (beta1, beta2), step = group["lr"], group["betas"], state["step"].item()
+        rms_correction = (1 - beta2**step) ** 0.5
+        step_size = lr / (1 - beta1**step)
+        tensors = (parameter, grad, state["exp_avg"], state["exp_avg_sq"])
+        for w, g, mean, square in zip(*map(_pieces, tensors), strict=True):
+            w.mul_(1 - lr * group["weight_decay"])
+            mean.lerp_(g, 1 - beta1)
+            square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            w.addcdiv_(mean, (square.sqrt() / rms_correction).add_(group["eps"]), value=-step_size)
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """A flat tensor in pieces; any other, such as a weight without ZeRO, as it is."""
+    return torch.split(tensor, PIECE_ELEMENTS) if tensor.dim() == 1 else (tensor,)
+
+
 def make_optimizer(
     optim: OptimConfig, groups: list[dict[str, Any]], *, fused: bool
 ) -> torch.optim.Optimizer:
@@ -61,6 +107,7 @@ def make_optimizer(
     if optim.name == "lion":
         return Lion(groups, lr=0.0, betas=optim.betas, weight_decay=0.0)
     assert optim.name == "adamw", "the others are refused by the configuration check"
-    return torch.optim.AdamW(
-        groups, lr=0.0, betas=optim.betas, eps=optim.eps, weight_decay=0.0, fused=fused
-    )
+    options: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "eps": optim.eps}
+    if fused:
+        return torch.optim.AdamW(groups, **options, weight_decay=0.0, fused=True)
+    return AdamW(groups, **options, weight_decay=0.0)

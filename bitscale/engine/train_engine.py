@@ -19,7 +19,7 @@ from bitscale.engine import fragments as fragment_views
 from bitscale.engine.ds_config import deepspeed_config
 from bitscale.engine.fragments import Fragment, is_counted_here
 from bitscale.engine.mpu import ModelParallelUnit
-from bitscale.engine.optimizers import make_optimizer
+from bitscale.engine.optimizers import AdamW, make_optimizer
 from bitscale.engine.own_time import OwnClock, OwnTime, layers_with_parameters
 from bitscale.engine.ternary_gather import TernaryGather
 from bitscale.errors import ConfigError
@@ -245,7 +245,10 @@ def _import_deepspeed(device_type: str) -> Any:
         warnings.simplefilter("ignore")
         import deepspeed
         from deepspeed.ops import __compatible_ops__
+        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
         from deepspeed.utils import logger
+    if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)  # torch's, to the bit: no reason for its warning
     logger.setLevel(logging.WARNING)
     # deepspeed 0.19.8 calls torch collectives under names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

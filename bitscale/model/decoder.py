@@ -6,7 +6,7 @@ stay in 16 bit (the head optionally in 8).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitscale.config import Checkpointing, ModelConfig, QuantConfig
-from bitscale.model.bitlinear import bit_linears, shared_input
+from bitscale.model.bitlinear import BitLinear, bit_linears, shared_input
 from bitscale.model.collectives import shard_of
 from bitscale.model.head import Head, Reduction
 from bitscale.model.layers import MLP, Attention, Ranks, Rotary
@@ -33,6 +33,7 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(m, ranks.tp)
         self.mlp = MLP(m, quant, ranks.tp)
         self.post_norm = m.post_norm
+        self.compiled: Callable[..., Tensor] | None = None  # `compute`, by compile_blocks
 
     def forward(
         self,
@@ -44,6 +45,19 @@ class Block(nn.Module):
         recomputes: bool = False,
     ) -> Tensor:
         """`recomputes`: selective activation checkpointing."""
+        compute: Callable[..., Tensor] = self.compute
+        if self.compiled is not None and cast(BitLinear, self.attn.q).strength.is_constant:
+            compute = self.compiled
+        return compute(x_BSD, cos_SE, sin_SE, mask_B1SS, recomputes)
+
+    def compute(
+        self,
+        x_BSD: Tensor,
+        cos_SE: Tensor,
+        sin_SE: Tensor,
+        mask_B1SS: Tensor | None,
+        recomputes: bool,
+    ) -> Tensor:
         readers = self.attn.readers()
         if self.post_norm:
             h = shared_input(x_BSD, None, *readers)

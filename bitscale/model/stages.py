@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bitscale.config import Config, num_pipeline_stages
 from bitscale.mesh import Mesh
+from bitscale.model.compiled import compile_blocks
 from bitscale.model.cost import blocks_per_stage
 from bitscale.model.decoder import (
     Block,
@@ -128,7 +129,18 @@ class DecoderStage(nn.Module):
 
 
 def make_model(cfg: Config, mesh: Mesh) -> Decoder | DecoderStage:
-    """What this rank holds of the model of `cfg`."""
+    """What this rank holds of the model of `cfg`.
+
+    Raises:
+        KernelUnavailable: its blocks cannot be compiled here.
+    """
+    model = _own_part(cfg, mesh)
+    if cfg.train.compile:
+        compile_blocks(model, mesh.device.type)
+    return model
+
+
+def _own_part(cfg: Config, mesh: Mesh) -> Decoder | DecoderStage:
     ranks = ranks_of(mesh, sequence_parallel=cfg.parallel.sequence_parallel)
     if mesh.pp_size > 1:
         num_stages = num_pipeline_stages(cfg)

@@ -32,6 +32,12 @@ class Strength(NamedTuple):
     activation: float
     residual: float = 0.0
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether it is one of before or after the transition, and not of a single step in it."""
+        ends = (0.0, 1.0)
+        return self.weight in ends and self.activation in ends and self.residual == 0.0
+
 
 SIXTEEN_BIT = Strength(0.0, 0.0)
 TERNARY = Strength(1.0, 1.0)

@@ -111,6 +111,14 @@ COMBINATION_ERRORS = {
         ["train.dtype=bf16", "engine.zero_stage=0"],
         ["engine.zero_stage=0", "train.dtype='bf16'", "use engine.zero_stage=1"],
     ),
+    "compiled blocks at stage 3": (
+        ["train.compile=true", "engine.zero_stage=3"],
+        ["train.compile=true", "engine.zero_stage=3", "use engine.zero_stage=1 or 2"],
+    ),
+    "compiled blocks shared by ranks": (
+        ["train.compile=true", "parallel.tp=2"],
+        ["train.compile=true", "parallel.tp=2", "use engine.zero_stage=1 or 2 with parallel.tp=1"],
+    ),
     "raw zero stage": (
         ["engine.deepspeed.zero_optimization.stage=2"],
         ["engine.deepspeed.zero_optimization.stage", "set engine.zero_stage instead"],
