@@ -42,13 +42,13 @@ test: env ## Run the tests (all groups but slow ones, or TESTS=tests/unit)
 ifdef TESTS
 	$(IN_ENV) python -m pytest $(TESTS) --durations=10
 else
-	$(IN_ENV) python -m pytest tests/unit -n auto --maxprocesses 8 --dist loadfile --durations=10
+	$(IN_ENV) python -m pytest tests/unit -m 'not slow' -n auto --maxprocesses 8 --dist loadfile --durations=10
 	$(IN_ENV) python -m pytest tests/dist -m 'not slow' --durations=10
 	$(IN_ENV) python -m pytest tests/e2e -m 'not slow' --durations=10
 endif
 
 test-all: test ## The slow tests, too
-	$(IN_ENV) python -m pytest tests/dist tests/e2e -m slow --durations=10
+	$(IN_ENV) python -m pytest tests -m slow --durations=10
 
 quickstart: env ## Prepare, train, switch, export, evaluate on this machine (CORPUS=path: your text)
 	$(IN_ENV) launch/quickstart.sh $(if $(CORPUS),--corpus '$(CORPUS)')
