@@ -48,7 +48,7 @@ else
 endif
 
 test-all: test ## The slow tests, too
-	$(IN_ENV) python -m pytest tests -m slow --durations=10
+	$(IN_ENV) python -m pytest tests/unit tests/dist tests/e2e -m slow --durations=10
 
 quickstart: env ## Prepare, train, switch, export, evaluate on this machine (CORPUS=path: your text)
 	$(IN_ENV) launch/quickstart.sh $(if $(CORPUS),--corpus '$(CORPUS)')

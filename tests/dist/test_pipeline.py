@@ -92,6 +92,10 @@ RUNS = {
 }
 
 
+# What they combine is in the other runs, too.
+SLOW_RUNS = ("pp2-bf16-uneven", "pp4", "pp2-tp2-bf16", "v2-tp2-sp")
+
+
 def layout_config(layout: Layout, dtype: str = "fp32", **changes: Any) -> Config:
     model = {"num_layers": 4} | changes.pop("model", {})
     parallel = {
@@ -197,8 +201,7 @@ TOLERANCES = {
 
 @pytest.mark.parametrize(
     "name",
-    # Its parts are in pp2-tp2-sp and in the other runs in bf16.
-    [pytest.param(n, marks=pytest.mark.slow) if n == "pp2-tp2-bf16" else n for n in RUNS],
+    [pytest.param(n, marks=pytest.mark.slow) if n in SLOW_RUNS else n for n in RUNS],
 )
 def test_the_run_is_that_without_a_pipeline(
     name: str, world_of: World_of, corpus_prefix: Path

@@ -133,7 +133,9 @@ def measure(mesh: Mesh, cfg: Config, corpus: Any) -> Measured:
     return Measured(mesh.pp_rank, parts, peak.peak, counted.payload)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "pp4, full" else n for n in CASES]
+)
 def test_bytes_of_pipeline_stages(
     name: str, world_of: Callable[[int], World], corpus_prefix: Any
 ) -> None:

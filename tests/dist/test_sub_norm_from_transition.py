@@ -96,7 +96,12 @@ def run(mesh: Mesh, cfg: Config, corpus: Path, save_to: Path | None = None) -> S
     return Seen(losses, before, whole_state(engine, mesh))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    # A fork at 4 ranks is below.
+    [pytest.param(x, marks=pytest.mark.slow) if x.world_size == 4 else x for x in LAYOUTS.values()],
+    ids=LAYOUTS,
+)
 def test_absent_before_and_trained_after(
     layout: Layout, world_of: World_of, corpus_prefix: Path, tmp_path: Path
 ) -> None:

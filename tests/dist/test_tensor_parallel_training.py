@@ -54,6 +54,8 @@ LAYOUTS = [
     Layout(4, 4, True, 1),  # two ranks a key/value head
     Layout(4, 2, True, 3),
 ]
+# Two ranks a key/value head are in test_parallel_decoder.py, too.
+SLOW = (Layout(4, 2, True, 2), Layout(4, 4, True, 1))
 ONE = Layout(1, 1, False, 1)
 MODEL = {"vocab_size": 61, "qk_norm": True, "bias": True, "sub_norm": False}
 
@@ -77,8 +79,7 @@ def alone(corpus_prefix: Path) -> Curve:
 
 @pytest.mark.parametrize(
     "layout",
-    # Two ranks a key/value head are in test_parallel_decoder.py, too.
-    [pytest.param(x, marks=pytest.mark.slow) if x.tp == 4 else x for x in LAYOUTS],
+    [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in LAYOUTS],
     ids=lambda layout: layout.folder,
 )
 def test_losses_and_states_are_those_of_one_process(
