@@ -36,15 +36,15 @@ $(STAMP):
 	.venv/bin/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Unit tests run side by side; the others start ranks of their own and want the machine: those of
-# tests/dist live to the end of their pytest, and would take time from tests/e2e.
+# Unit tests run side by side. Ranks of tests/dist want the machine and live to the end of their
+# pytest; tests/e2e mostly starts single processes one after the other, which leave a core idle.
 test: env ## Run the tests (all groups but slow ones, or TESTS=tests/unit)
 ifdef TESTS
 	$(IN_ENV) python -m pytest $(TESTS) --durations=10
 else
 	$(IN_ENV) python -m pytest tests/unit -m 'not slow' -n auto --maxprocesses 8 --dist loadfile --durations=10
 	$(IN_ENV) python -m pytest tests/dist -m 'not slow' --durations=10
-	$(IN_ENV) python -m pytest tests/e2e -m 'not slow' --durations=10
+	$(IN_ENV) python -m pytest tests/e2e -m 'not slow' -n 2 --dist loadfile --durations=10
 endif
 
 test-all: test ## The slow tests, too
