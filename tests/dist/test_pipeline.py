@@ -93,7 +93,7 @@ RUNS = {
 
 
 # What they combine is in the other runs, too.
-SLOW_RUNS = ("pp2-bf16-uneven", "pp4", "pp2-tp2-bf16", "v2-tp2-sp")
+SLOW_RUNS = ("pp2-bf16-uneven", "pp4", "pp2-tp2-bf16", "v2-dp2-bf16", "v2-tp2-sp")
 
 
 def layout_config(layout: Layout, dtype: str = "fp32", **changes: Any) -> Config:

@@ -33,7 +33,12 @@ def runs(
     return made
 
 
-@pytest.mark.parametrize("here", SAVING, ids=lambda layout: layout.name)
+@pytest.mark.parametrize(
+    "here",
+    # Pipelines with tensor-parallel ranks: test_pipeline.py's checkpoints between layouts, too.
+    [pytest.param(x, marks=pytest.mark.slow) if "PP" in x.name else x for x in SAVING],
+    ids=lambda layout: layout.name,
+)
 def test_resumes_what_every_layout_saved(
     here: Layout,
     runs: dict[Layout, Kept],

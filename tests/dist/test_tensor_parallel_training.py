@@ -55,7 +55,7 @@ LAYOUTS = [
     Layout(4, 2, True, 3),
 ]
 # Two ranks a key/value head are in test_parallel_decoder.py, too.
-SLOW = (Layout(4, 2, True, 2), Layout(4, 4, True, 1))
+SLOW = (Layout(2, 2, True, 3), Layout(4, 2, True, 2), Layout(4, 4, True, 1))
 ONE = Layout(1, 1, False, 1)
 MODEL = {"vocab_size": 61, "qk_norm": True, "bias": True, "sub_norm": False}
 

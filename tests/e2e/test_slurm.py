@@ -25,7 +25,7 @@ SWEEP = """\
 base: base.yaml
 title: a try
 seeds: {values: [1]}
-set: {engine.device: cpu, train.steps: 20, log.telemetry_every: 0}
+set: {engine.device: cpu, log.telemetry_every: 0}
 arms:
   sixteen: {transition.at: null}
   early: {transition.at.step: 8}
