@@ -1,6 +1,7 @@
 """The optimizers that DeepSpeed's ZeRO can run: what they update, element by element, may be cut
 into flat pieces anywhere."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,18 +13,8 @@ from bitscale.config import OptimConfig
 PIECE_ELEMENTS = 65536  # five tensors of 256 kB: a core's cache
 
 
-class Lion(torch.optim.Optimizer):
-    """Sign of an interpolated momentum, with decoupled weight decay (arXiv:2302.06675, alg. 2).
-
-        w ← w − lr (sign(β1 m + (1 − β1) g) + decay · w);   m ← β2 m + (1 − β2) g
-
-    One moment (`exp_avg`), fp32. Where gradient and momentum are 0 nothing moves but the decay.
-    """
-
-    def __init__(
-        self, params: Any, *, lr: float, betas: tuple[float, float], weight_decay: float
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+class _ParameterWise(torch.optim.Optimizer, ABC):
+    """Optimizers that update one parameter after the other, by `_update`."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -37,6 +28,24 @@ class Lion(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     self._update(parameter, parameter.grad, group)
         return loss
+
+    @abstractmethod
+    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """The update of one parameter."""
+
+
+class Lion(_ParameterWise):
+    """Sign of an interpolated momentum, with decoupled weight decay (arXiv:2302.06675, alg. 2).
+
+        w ← w − lr (sign(β1 m + (1 − β1) g) + decay · w);   m ← β2 m + (1 − β2) g
+
+    One moment (`exp_avg`), fp32. Where gradient and momentum are 0 nothing moves but the decay.
+    """
+
+    def __init__(
+        self, params: Any, *, lr: float, betas: tuple[float, float], weight_decay: float
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
@@ -52,26 +61,13 @@ class Lion(torch.optim.Optimizer):
         momentum.lerp_(grad, 1.0 - beta2)
 
 
-class AdamW(torch.optim.AdamW):
+class AdamW(_ParameterWise, torch.optim.AdamW):
     """torch's AdamW for a CPU, bit for bit, some elements at a time.
 
     ZeRO hands it all parameters as one flat tensor, whose temporaries and passes then stay in the
     cache. (torch's fused kernel is faster still, but rounds the last elements of a tensor otherwise
     than the others: updates would depend on where ZeRO cuts.)
     """
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
-        return loss
 
     def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]

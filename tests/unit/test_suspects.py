@@ -219,6 +219,7 @@ def test_a_wait_is_told_by_its_outermost_collective_and_both_callers() -> None:
         (c10d, 10, "all_gather"),
         (f"{packages}/torch/distributed/c10d_logger.py", 81, "wrapper"),
         (c10d, 20, "all_gather_object"),
+        (f"{packages}/typing_extensions.py", 3140, "wrapper"),  # around what is deprecated
         (f"{packages}/deepspeed/comm/torch.py", 30, "all_gather_object"),
         (ours, 94, "gather_objects"),
         ("/home/me/bitscale/run.py", 1, "<module>"),
