@@ -158,7 +158,7 @@ class _Files:
         layer, _, parameter = name.rpartition(".")
         if parameter == "bias" and self.form == "autobitlinear":
             # Stored so that it comes right when the sum is multiplied by the scale.
-            value = value * self._stored_scale(f"{layer}.weight")
+            value = value.float() * self._stored_scale(f"{layer}.weight")
         return value
 
     def read_codes(self, name: str) -> Ternary:
@@ -186,7 +186,7 @@ class _Files:
     def _dequantized(self, name: str) -> Ternary | None:
         weight_FD = self.read(name)
         magnitude_FD = weight_FD.abs()
-        scale = magnitude_FD.max()
+        scale = magnitude_FD.max().float()
         if not (((magnitude_FD == scale) | (weight_FD == 0)).all() and scale.isfinite()):
             return None
         if scale == 0:  # a matrix of zeros: its scale is not to be seen
@@ -195,7 +195,7 @@ class _Files:
 
     def _stored_scale(self, name: str) -> Tensor:
         """fp32 [] by which codes are multiplied."""
-        stored = self.tensors.floating(f"{self.theirs(name)}_scale").reshape(())
+        stored = self.tensors.floating(f"{self.theirs(name)}_scale").reshape(()).float()
         divides = (self.convention or ("multiply", "divide")[self.form == "bitlinear"]) == "divide"
         if not (stored.isfinite() and stored > 0):
             raise CheckpointError(

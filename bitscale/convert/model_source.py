@@ -73,8 +73,8 @@ class ModelSource:
     recipe: Mapping[str, Any]  # the sections of the configuration that made it; {} if unknown
     shapes: Mapping[str, tuple[int, ...]]  # of every parameter
     ternary_names: frozenset[str]  # weights of quantized layers, whatever λ
-    # fp32 [logical shape] of a parameter; None where only codes are held.
-    read: Callable[[str], Tensor] | None
+    # [logical shape] of a parameter, in whatever floating-point dtype it is stored in.
+    read: Callable[[str], Tensor]
     # Codes and scale of a quantized layer's weight, where they are stored; None: made of latents.
     read_codes: Callable[[str], Ternary] | None = None
     # Whether biases are stored with what the quantizer adds to them (quant.deadzone_bias).
@@ -108,12 +108,20 @@ class ModelSource:
 
     def latent(self, name: str) -> Tensor:
         """fp32 [logical shape]: the master weight. CheckpointError if only its codes exist."""
+        return self._stored(name).float()
+
+    def weight(self, name: str) -> Tensor:
+        """[logical shape] in the dtype that the run computed with."""
+        stored, dtype = self._stored(name), DTYPES[self.dtype]
+        # Without a copy if it can be: what is stored may be gigabytes.
+        return stored if stored.dtype == dtype else stored.float().to(dtype)
+
+    def _stored(self, name: str) -> Tensor:
         if self.read_codes is not None and name in self.ternary_names:
             raise CheckpointError(
                 f"{self.path} holds the codes of {name}, not the 16-bit weights that they were "
                 "made of; use the training checkpoint, or a format that holds codes"
             )
-        assert self.read is not None
         value = self.read(name)
         if not torch.stack(value.aminmax()).isfinite().all():  # NaN is both
             raise CheckpointError(
@@ -121,10 +129,6 @@ class ModelSource:
                 "source that is whole"
             )
         return value
-
-    def weight(self, name: str) -> Tensor:
-        """[logical shape] in the dtype that the run computed with."""
-        return self.latent(name).to(DTYPES[self.dtype])
 
     def ternary(self, name: str) -> Ternary:
         """Codes int8 [F, D] of a quantized layer's weight, and its fp32 scale.

@@ -181,7 +181,7 @@ def _form(path: Path, description: dict[str, Any]) -> Form:
 
 
 def _read(path: Path, file: Any, shapes: dict[str, tuple[int, ...]], name: str) -> Tensor:
-    return _tensor(path, file, name, shapes[name]).float()
+    return _tensor(path, file, name, shapes[name])
 
 
 def _read_codes(

@@ -5,7 +5,9 @@ endian; the header, JSON of name -> dtype, shape, offsets; the tensors' bytes, w
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from io import BufferedWriter
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,7 @@ from bitscale.data.progress import ByteProgress
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers
+_ZEROS = bytes(2**20)
 _CODES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -44,8 +47,16 @@ def write_tensors(
     tensors: Iterator[tuple[str, Tensor]],
     progress: ByteProgress,
     metadata: Mapping[str, str] | None = None,
+    seen: Callable[[bytes | memoryview], object] | None = None,
 ) -> None:
-    """Write `path` with `tensors`, which come in the order of `specs` and fit them."""
+    """Write `path` with `tensors`, which come in the order of `specs` and fit them.
+
+    Args:
+        seen: called with every part of the file, in order; a checksum's `update`.
+
+    Of a tensor that is one 0, expanded, nothing is written: it is a hole in the file, which takes
+    no room on the disk and reads as zeros.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     specs, end = list(specs), 0
     for spec in specs:
@@ -59,12 +70,44 @@ def write_tensors(
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        parts = _Parts(file, seen)
+        parts.add(len(encoded).to_bytes(8, "little") + encoded)
         for spec in specs:
             name, tensor = next(tensors)
             assert (name, tensor.dtype, tuple(tensor.shape)) == spec, (name, tensor, spec)
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            if _is_one_zero(tensor):
+                parts.add_hole(spec.num_bytes)
+            else:
+                parts.add(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             progress.add(spec.num_bytes)
+        file.truncate()  # to here, where the last tensor may be a hole
+
+
+class _Parts:
+    """A file that grows, and whoever wants to see its bytes."""
+
+    def __init__(
+        self, file: BufferedWriter, seen: Callable[[bytes | memoryview], object] | None
+    ) -> None:
+        self._file, self._seen = file, seen
+
+    def add(self, part: bytes | memoryview) -> None:
+        self._file.write(part)
+        if self._seen is not None:
+            self._seen(part)
+
+    def add_hole(self, num_bytes: int) -> None:
+        self._file.seek(num_bytes, os.SEEK_CUR)
+        if self._seen is not None:
+            for start in range(0, num_bytes, len(_ZEROS)):
+                self._seen(_ZEROS[: num_bytes - start])
+
+
+def _is_one_zero(tensor: Tensor) -> bool:
+    if tensor.numel() < 2 or any(tensor.stride()):
+        return False
+    one = tensor[(0,) * tensor.dim()].reshape(1)
+    return not one.view(torch.uint8).any()
 
 
 def write_sharded(

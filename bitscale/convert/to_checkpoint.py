@@ -4,6 +4,7 @@ One parameter is in memory at a time. The result is what `bitscale train --resum
 and `bitscale export`, `eval` and `verify` read.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,6 @@ from bitscale.convert.loaded import DTYPES
 from bitscale.convert.model_source import ModelSource
 from bitscale.convert.staging import new_directory, refuse_existing
 from bitscale.convert.tensor_file import TensorSpec, write_tensors
-from bitscale.data.corpus import file_sha256
 from bitscale.data.progress import ByteProgress
 from bitscale.engine.fragments import MOMENTS
 from bitscale.errors import CheckpointError
@@ -89,11 +89,15 @@ def write_state(
         for name, shape in meta.shapes.items():
             flat = (prod(shape),)
             specs += [TensorSpec(f"{name}|{kind}|0", torch.float32, flat) for kind in _KINDS]
+        sha256 = hashlib.sha256()
         with ByteProgress(out.name, sum(spec.num_bytes for spec in specs)) as progress:
-            write_tensors(state, specs, _tensors(values), progress)
+            write_tensors(state, specs, _tensors(values), progress, seen=sha256.update)
         if tokenizer_file is not None:
             _copy_tokenizer(tokenizer_file, staging)
-        meta.files[_STATE_NAME] = {"bytes": state.stat().st_size, "sha256": file_sha256(state)}
+        meta.files[_STATE_NAME] = {
+            "bytes": state.stat().st_size,
+            "sha256": sha256.hexdigest(),
+        }
         write_meta(staging, meta)
 
 
@@ -110,7 +114,7 @@ def _values(source: ModelSource, cfg: Config) -> Iterator[tuple[str, str, Tensor
             master = latents_of_codes(source.ternary(name), spec, dtype, name).float()
         else:
             master = source.latent(name)
-        zeros = torch.zeros(master.numel())
+        zeros = torch.zeros(()).expand(master.numel())  # no memory, and no room on the disk
         for kind in _KINDS:
             yield name, kind, master if kind == "master" else zeros
 
