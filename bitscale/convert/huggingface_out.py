@@ -56,8 +56,9 @@ def export_latent(source: ModelSource, out: Path, dtype: Dtype | None = None) ->
     Raises CheckpointError for what transformers cannot hold and if `out` exists.
     """
     dtype = dtype or source.dtype
-    make = partial(_latent_entries, source, source.latent, dtype)
-    entries = _entries(source, source.latent, dtype, make)
+    read = partial(source.latent, dtype=DTYPES[dtype])
+    make = partial(_latent_entries, source, read, dtype)
+    entries = _entries(source, read, dtype, make)
     # Learned scales mean nothing to 16-bit weights.
     omitted = [name for name in source.shapes if is_scale(name)]
     return _write(source, out, entries, dtype, "hf", SIXTEEN_BIT, None, omitted=omitted)
@@ -197,7 +198,7 @@ def _dequantized_entries(
     source: ModelSource, ternary: _Codes, dtype: Dtype, name: str
 ) -> list[_Entry]:
     def weight() -> Tensor:
-        return dequantized(ternary(name))
+        return dequantized(ternary(name), DTYPES[dtype])
 
     entries = [_entry(_theirs(source.model, name), dtype, source.shapes[name], weight)]
     return entries + _bias_entries(source, ternary, dtype, name, None)

@@ -46,7 +46,7 @@ def latents_of_codes(ternary: Ternary, spec: QuantSpec, dtype: torch.dtype, name
 
 def _candidates(ternary: Ternary, part: CodeSpec, dtype: torch.dtype) -> Iterator[Tensor]:
     # Scales by median or maximum, or by the mean of what is not 0.
-    yield dequantized(ternary).to(dtype)
+    yield dequantized(ternary, dtype)
     scale = float(ternary.scale)
     if part.eps_enters == "added":
         scale = max(scale - part.eps, 0.0) or scale

@@ -98,14 +98,14 @@ def _refuse_unheld(m: ModelConfig) -> None:
 
 
 def _chunks(source: ModelSource, dtype: torch.dtype) -> Iterator[Chunk]:
-    m, read = source.model, source.latent
+    m, read = source.model, partial(source.latent, dtype=dtype)
 
     def whole(module: str, shape: tuple[int, ...], make: _Make) -> Chunk:
         return Chunk(f"{module}.weight", shape, (0,) * len(shape), shape, dtype, make)
 
     yield whole(OUTSIDE["embed"], source.shapes["embed.weight"], partial(read, "embed.weight"))
     for layer in range(m.num_layers):
-        for key, shape, make in _layer(source, f"layers.{layer}"):
+        for key, shape, make in _layer(source, dtype, f"layers.{layer}"):
             stacked, offsets = (m.num_layers, *shape), (layer, *(0 for _ in shape))
             yield Chunk(f"decoder.layers.{key}", stacked, offsets, (1, *shape), dtype, make)
     yield whole(OUTSIDE["norm"], (m.d_model,), _norm(source, "norm.weight"))
@@ -113,9 +113,11 @@ def _chunks(source: ModelSource, dtype: torch.dtype) -> Iterator[Chunk]:
         yield whole(OUTSIDE["head"], source.shapes["head.weight"], partial(read, "head.weight"))
 
 
-def _layer(source: ModelSource, block: str) -> Iterator[tuple[str, tuple[int, ...], _Make]]:
+def _layer(
+    source: ModelSource, dtype: torch.dtype, block: str
+) -> Iterator[tuple[str, tuple[int, ...], _Make]]:
     """(key, shape, how to make it) of one block."""
-    m, read = source.model, source.latent
+    m, read = source.model, partial(source.latent, dtype=dtype)
     for norm, key in FUSED_NORMS.items():
         yield f"{key}_weight", (m.d_model,), _norm(source, f"{block}.{norm}.weight")
     if m.qk_norm:
@@ -136,11 +138,11 @@ def _layer(source: ModelSource, block: str) -> Iterator[tuple[str, tuple[int, ..
                 continue
             rows = sum(source.shapes[name][0] for name in names)
             shape = (rows, *source.shapes[names[0]][1:])
-            yield f"{key}.{parameter}", shape, partial(_fused, source, key, names)
+            yield f"{key}.{parameter}", shape, partial(_fused, source, dtype, key, names)
 
 
-def _fused(source: ModelSource, key: str, names: list[str]) -> Tensor:
-    parts = [source.latent(name) for name in names]
+def _fused(source: ModelSource, dtype: torch.dtype, key: str, names: list[str]) -> Tensor:
+    parts = [source.latent(name, dtype) for name in names]
     if key == QKV:
         return fused_qkv(*parts, kv_heads=source.model.num_kv_heads or source.model.num_heads)
     return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -106,17 +106,11 @@ class ModelSource:
     def has_latents(self) -> bool:
         return self.read_codes is None
 
-    def latent(self, name: str) -> Tensor:
-        """fp32 [logical shape]: the master weight. CheckpointError if only its codes exist."""
-        return self._stored(name).float()
+    def latent(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[logical shape]: the master weight, rounded to `dtype` if it is another than its own.
 
-    def weight(self, name: str) -> Tensor:
-        """[logical shape] in the dtype that the run computed with."""
-        stored, dtype = self._stored(name), DTYPES[self.dtype]
-        # Without a copy if it can be: what is stored may be gigabytes.
-        return stored if stored.dtype == dtype else stored.float().to(dtype)
-
-    def _stored(self, name: str) -> Tensor:
+        Raises CheckpointError if only its codes exist, or it is not finite.
+        """
         if self.read_codes is not None and name in self.ternary_names:
             raise CheckpointError(
                 f"{self.path} holds the codes of {name}, not the 16-bit weights that they were "
@@ -128,7 +122,12 @@ class ModelSource:
                 f"{self.path}: {name} holds NaN or infinity; use an earlier checkpoint, or a "
                 "source that is whole"
             )
-        return value
+        # Without a copy if it can be: it may be gigabytes.
+        return value if value.dtype == dtype else value.float().to(dtype)
+
+    def weight(self, name: str) -> Tensor:
+        """[logical shape] in the dtype that the run computed with."""
+        return self.latent(name, DTYPES[self.dtype])
 
     def ternary(self, name: str) -> Ternary:
         """Codes int8 [F, D] of a quantized layer's weight, and its fp32 scale.
@@ -165,10 +164,15 @@ class ModelSource:
         return self.weight(alpha)
 
 
-def dequantized(ternary: Ternary) -> Tensor:
-    """fp32 [F, D]: scale · codes, whatever the granularity."""
+def dequantized(ternary: Ternary, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[F, D]: scale · codes, whatever the granularity, in fp32 and then rounded to `dtype`."""
+    codes_FD, scale = ternary
+    least, most = codes_FD.aminmax()
+    # The scale may as well be rounded first where codes are -1, 0 and 1.
+    arithmetic = dtype if least >= -1 and most <= 1 else torch.float32
     # `ModelSource.ternary` gives the factor of the codes, whatever form the quantizer's scale has.
-    return dequantize(Codes(*ternary), CodeSpec("absmean", scale_form="divide"))
+    part = CodeSpec("absmean", scale_form="divide", arithmetic="native")
+    return dequantize(Codes(codes_FD, scale.to(arithmetic)), part).to(dtype)
 
 
 def refuse_unless_ternary(source: ModelSource) -> None:

@@ -79,6 +79,22 @@ def test_latents_quantize_to_their_codes_and_scale(
     assert torch.equal(again.scale, codes.scale)
 
 
+@pytest.mark.parametrize("most", [1, 7])
+@pytest.mark.parametrize("blocks", [None, (3, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dequantized_is_rounded_once(
+    dtype: torch.dtype, blocks: tuple[int, int] | None, most: int
+) -> None:
+    """As if made in fp32, whether or not it is."""
+    generator = torch.Generator().manual_seed(0)
+    codes_FD = torch.randint(-most, most + 1, (300, 64), generator=generator, dtype=torch.int8)
+    scale = 0.01 + 0.05 * torch.rand(blocks or (), generator=generator)
+    got = dequantized(Ternary(codes_FD, scale), dtype)
+    want = dequantized(Ternary(codes_FD, scale))
+    assert want.dtype == torch.float32
+    assert torch.equal(got.view(torch.int16), want.to(dtype).view(torch.int16))
+
+
 def test_dequantized_weights_are_no_latents() -> None:
     """The trap: their codes are kept, and their absmean scale is .69 of what it was."""
     spec = quant_spec(QuantConfig())

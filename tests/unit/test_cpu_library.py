@@ -22,11 +22,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def cpu() -> kernels.Kernels:
-    return get_kernels("cpu", "cpu")
-
-
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """What was loaded is forgotten before and after."""
