@@ -1,7 +1,8 @@
-"""Fixtures for whole-process tests: one corpus, one configuration, two finished runs."""
+"""Fixtures for whole-process tests: corpora, one configuration, two finished runs."""
 
 from pathlib import Path
 
+import prepare_sessions
 import pytest
 
 from runs import KEEP_ALL, prepare_corpus, python_text, train, write_config
@@ -33,3 +34,18 @@ def finished_run_2_ranks(config_file: Path, tmp_path_factory: pytest.TempPathFac
     run_dir = tmp_path_factory.mktemp("finished-2") / "run"
     train("torchrun", config_file, f"run.dir={run_dir}", KEEP_ALL, "engine.zero_stage=3")
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of inputs in which `bitscale prepare` runs."""
+    return prepare_sessions.make_folder(tmp_path_factory.mktemp("prepare"))
+
+
+@pytest.fixture(scope="session")
+def reference(folder: Path) -> Path:
+    """What `bitscale prepare` makes of them when nothing disturbs it. Not to be changed."""
+    options = ("--out", "reference", *prepare_sessions.TOKENIZER, "--workers", 1)
+    stderr = prepare_sessions.run(folder, "in", *options)
+    assert stderr.count("\n") == 1 and "2 empty documents skipped" in stderr
+    return folder / "reference"

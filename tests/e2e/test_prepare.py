@@ -1,16 +1,14 @@
-"""`bitscale prepare` as a user runs it: outputs, resuming after SIGKILL, every message."""
+"""`bitscale prepare` as a user runs it: outputs and every message."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-import signal
 import struct
 import subprocess
 import sys
 import termios
-import time
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -18,105 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from prepare_sessions import TOKENIZER, digests, fail, run, start
 
 from bitscale.data import python_docs
-from bitscale.data.corpus import file_sha256
 from bitscale.data.prepare import load_corpus
-from bitscale.data.tokenizer import load_tokenizer, train_tokenizer
+from bitscale.data.tokenizer import load_tokenizer
 from bitscale.errors import DataError
 
 pytestmark = pytest.mark.e2e
-
-# Kills itself with SIGKILL before calling the function of prepare.py that KILL_BEFORE names.
-COMMAND = """
-import argparse, os, signal, sys
-from bitscale.cli import prepare
-from bitscale.errors import BitscaleError
-
-def kill(*args):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def main():
-    if "KILL_BEFORE" in os.environ:
-        import bitscale.data.prepare
-        assert callable(getattr(bitscale.data.prepare, os.environ["KILL_BEFORE"]))
-        setattr(bitscale.data.prepare, os.environ["KILL_BEFORE"], kill)
-    parser = argparse.ArgumentParser()
-    prepare.add_parser(parser.add_subparsers(required=True))
-    args = parser.parse_args()
-    try:
-        return args.run(args)
-    except BitscaleError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-if __name__ == "__main__":
-    sys.exit(main())
-"""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the command, a tokenizer and inputs of 3 MB in several parts."""
-    folder = tmp_path_factory.mktemp("prepare")
-    (folder / "command.py").write_text(COMMAND)
-    files = python_docs.documentation_files()
-    texts = [text for file in files[:80] for text in python_docs.read_documents(file)]
-    train_tokenizer(texts, folder / "tokenizer.model", "bpe", 1000)
-    (folder / "in").mkdir()
-    for number in range(4):  # no section occurs twice
-        lines = "".join(texts).split("\n")
-        content = "\n".join(f"{number} {line}" if line else "" for line in lines)
-        (folder / "in" / f"{number}.txt").write_bytes(content.replace("\n", "\r\n").encode())
-    records = [{"text": f"record {text}"} for text in texts] + [{"text": " \n"}, {"text": None}]
-    (folder / "in" / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    return folder
-
-
-def start(folder: Path, *args: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(folder / "command.py"), "prepare", *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-        # A test run in the background of a script ignores SIGINT, and hands that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def run(folder: Path, *args: object) -> str:
-    """stderr of a successful run."""
-    process = start(folder, *args)
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    assert stdout == ""
-    return stderr
-
-
-def fail(folder: Path, *args: object) -> str:
-    """The error line of a run that the user can mend."""
-    process = start(folder, *args)
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 2, stderr
-    last = stderr.splitlines()[-1]
-    assert last.startswith("error: "), stderr
-    assert "Traceback" not in stderr
-    return last
-
-
-TOKENIZER = ("--tokenizer", "tokenizer.model", "--split", "0.8,0.1,0.1", "--section-bytes", "20000")
-
-
-def digests(out: Path) -> dict[str, str]:
-    return {path.name: file_sha256(path) for path in sorted(out.iterdir())}
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> Path:
-    stderr = run(folder, "in", "--out", "reference", *TOKENIZER, "--workers", 1)
-    assert stderr.count("\n") == 1 and "2 empty documents skipped" in stderr
-    return folder / "reference"
 
 
 def test_tokens_are_the_documents(folder: Path, reference: Path) -> None:
@@ -183,201 +90,6 @@ def test_fingerprint_ignores_paths_and_dates(folder: Path, reference: Path) -> N
     assert load_corpus(folder / "moved").fingerprint == load_corpus(reference).fingerprint
     run(folder, "in/0.txt", "--out", "other", *TOKENIZER, "--workers", 1)
     assert load_corpus(folder / "other").fingerprint != load_corpus(reference).fingerprint
-
-
-def wait_until(process: subprocess.Popen[str], partial: Path, stage: str) -> None:
-    """Until OUT.partial shows that the run has reached the stage."""
-    reached = {
-        "request": lambda: (partial / "request.json").exists(),
-        "tokenizer": lambda: (partial / "tokenizer.model").exists(),
-        "part begun": lambda: bool(list(partial.glob("parts/*.tmp/*"))),
-        "part done": lambda: bool(list(partial.glob("parts/*/counts.json"))),
-        "merging": lambda: (partial / "final").exists(),
-        "merged": lambda: (
-            (partial / "final" / "corpus.json.partial").exists()
-            or (partial / "final" / "corpus.json").exists()
-        ),
-    }[stage]
-    while not reached() and process.poll() is None:
-        time.sleep(0.001)
-
-
-def children_of(pid: int) -> list[int]:
-    listing = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in listing.split()]
-
-
-STAGES = ["request", "tokenizer", "part begun", "part done"]
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_run_resumes(folder: Path, reference: Path, stage: str, workers: int) -> None:
-    out = folder / f"killed-{STAGES.index(stage)}-{workers}"
-    partial = Path(f"{out}.partial")
-    args = ("in", "--out", out.name, *TOKENIZER, "--workers", workers)
-    process = start(folder, *args)
-    wait_until(process, partial, stage)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    if process.returncode == 0:
-        pytest.fail(f"finished before the kill at stage {stage!r}")
-    assert process.returncode == -signal.SIGKILL
-    assert_nothing_looks_finished(out)
-
-    done = {path.parent: path.stat().st_mtime_ns for path in partial.glob("parts/*/counts.json")}
-    done = {part: time_ns for part, time_ns in done.items() if part.suffix != ".tmp"}
-    assert done or stage != "part done"
-    run_resumed(folder, args, done)
-    assert digests(out) == digests(reference)
-    assert not partial.exists()
-
-
-@pytest.mark.parametrize("function", ["_tokenize", "_merge", "_versions", "_publish"])
-def test_killed_at_an_exact_point(
-    folder: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, function: str
-) -> None:
-    out = folder / f"killed{function}"
-    args = ("in", "--out", out.name, *TOKENIZER, "--workers", 1)
-    monkeypatch.setenv("KILL_BEFORE", function)
-    process = start(folder, *args)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    assert_nothing_looks_finished(out)
-    monkeypatch.delenv("KILL_BEFORE")
-    stderr = run(folder, *args)
-    assert ("resuming" in stderr) == (function != "_tokenize")
-    assert digests(out) == digests(reference)
-    assert not Path(f"{out}.partial").exists()
-
-
-def test_killed_while_replacing_keeps_the_old_corpus(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args = ("in/0.txt", "--out", "replaced", *TOKENIZER, "--workers", 1)
-    run(folder, *args)
-    before = digests(folder / "replaced")
-    changed = (*args, "--section-bytes", 9000, "--overwrite")
-    monkeypatch.setenv("KILL_BEFORE", "_publish")
-    process = start(folder, *changed)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    assert digests(folder / "replaced") == before
-    monkeypatch.delenv("KILL_BEFORE")
-    run(folder, *changed)
-    assert load_corpus(folder / "replaced", check_hashes=True)
-    assert digests(folder / "replaced") != before
-
-
-def assert_nothing_looks_finished(out: Path) -> None:
-    assert not out.exists()
-    with pytest.raises(DataError, match="is not a prepared corpus"):
-        load_corpus(out)
-    with pytest.raises(DataError, match="is not a prepared corpus"):
-        load_corpus(f"{out}.partial")
-
-
-def run_resumed(folder: Path, args: tuple[object, ...], done: dict[Path, int]) -> None:
-    """Run to the end; parts in `done` must still be the same files while it runs."""
-    process = start(folder, *args)
-    while process.poll() is None:
-        for part, time_ns in done.items():
-            with suppress(FileNotFoundError):  # published, and the staging folder removed
-                assert (part / "counts.json").stat().st_mtime_ns == time_ns
-        time.sleep(0.02)
-    stderr = process.communicate()[1]
-    assert process.returncode == 0, stderr
-    if done:
-        assert f"resuming: {len(done)} of " in stderr
-
-
-def test_workers_end_with_a_killed_parent(folder: Path) -> None:
-    args = ("in", "--out", "orphans", *TOKENIZER, "--workers", 2)
-    process = start(folder, *args)
-    wait_until(process, folder / "orphans.partial", "part begun")
-    workers = children_of(process.pid)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert len(workers) >= 2
-    deadline = time.monotonic() + 20
-    while any(is_running(pid) for pid in workers):
-        assert time.monotonic() < deadline, "worker processes outlive the killed prepare"
-        time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def test_killed_worker(folder: Path, reference: Path) -> None:
-    args = ("in", "--out", "worker", *TOKENIZER, "--workers", 2)
-    process = start(folder, *args)
-    wait_until(process, folder / "worker.partial", "part begun")
-    for pid in children_of(process.pid):
-        if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
-            os.kill(pid, signal.SIGKILL)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2, stderr
-    assert "error: a worker process was killed, perhaps for memory; run the same" in stderr
-    assert_nothing_looks_finished(folder / "worker")
-    run(folder, *args)
-    assert digests(folder / "worker") == digests(reference)
-
-
-def test_interrupt_ends_soon_and_resumes(folder: Path, reference: Path) -> None:
-    for attempt in range(5):  # the rest of the work takes a moment only: it may win the race
-        args = ("in", "--out", f"interrupted-{attempt}", *TOKENIZER, "--workers", 2)
-        process = start(folder, *args)
-        wait_until(process, folder / f"interrupted-{attempt}.partial", "part begun")
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
-        if process.returncode != 0:
-            break
-    else:
-        pytest.fail("five runs went on to their end in spite of an interrupt")
-    out = folder / f"interrupted-{attempt}"
-    assert_nothing_looks_finished(out)
-    run(folder, *args)
-    assert digests(out) == digests(reference)
-
-
-def test_two_runs_at_once(folder: Path) -> None:
-    args = ("in", "--out", "twice", *TOKENIZER, "--workers", 1)
-    process = start(folder, *args)
-    wait_until(process, folder / "twice.partial", "request")  # the lock is held, work is ahead
-    process.send_signal(signal.SIGSTOP)
-    try:
-        message = fail(folder, *args)
-        assert "another process is preparing" in message and "wait for it" in message
-    finally:
-        process.send_signal(signal.SIGCONT)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
-
-
-def test_interrupted_run_with_other_options(folder: Path) -> None:
-    source = folder / "changing.jsonl"
-    source.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(200)))
-    args = ("changing.jsonl", "--out", "other-options", "--workers", 1)
-    process = start(folder, *args, *TOKENIZER)
-    wait_until(process, folder / "other-options.partial", "request")
-    process.kill()
-    process.communicate()
-    partial = folder / "other-options.partial"
-    if not partial.exists():
-        pytest.fail("finished before the kill")
-
-    message = fail(folder, *args, *TOKENIZER[:-1], 100)
-    assert "interrupted preparation made differently (section_bytes was 20000, now 100)" in message
-    assert "repeat its options to resume it, or discard it with --overwrite" in message
-    source.write_text(source.read_text() + '{"text": "more"}\n')
-    assert "(input changing.jsonl changed" in fail(folder, *args, *TOKENIZER)
-    run(folder, *args, *TOKENIZER, "--overwrite")
-    assert not partial.exists()
 
 
 def test_up_to_date_and_overwrite(folder: Path) -> None:
