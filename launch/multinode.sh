@@ -32,8 +32,13 @@ export DS_ENV_FILE
 trap 'rm -f "$DS_ENV_FILE"' EXIT
 bitscale doctor --print-environment >"$DS_ENV_FILE"
 
+# pdsh and DeepSpeed start the ranks of those nodes that ssh reaches, which wait for the others: ask
+# first. PDSH_SSH_ARGS_APPEND has options of your own.
+bitscale doctor --hostfile "$hostfile" --ssh-only \
+  --ssh "ssh ${SSH_PORT:+-p $SSH_PORT} ${PDSH_SSH_ARGS_APPEND:-}"
+
 # Without these an ssh connection to a node that has gone is waited for for ever.
-alive='-o ServerAliveInterval=10 -o ServerAliveCountMax=3'
+alive='-o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3'
 # --force_multi: with a single host in the file DeepSpeed would start its ranks here instead.
 options=(--hostfile "$hostfile" --launcher "${LAUNCHER:=pdsh}" --no_local_rank --force_multi)
 if [[ $LAUNCHER == pdsh ]]; then

@@ -47,11 +47,11 @@ def launch(
 ) -> list[subprocess.Popen[bytes]]:
     """Start `bitscale train ARGUMENTS` with a rank on each of `nodes`; what was started here."""
     hostfile = hosts.hostfile(1, nodes)
-    env = host_environment()
+    env = host_environment() | {"SSH_PORT": str(hosts.ssh_port)}
     match launcher:
         case "supervise":
             command = [sys.executable, "-m", "bitscale.cli.main", "supervise", *arguments]
-            command += ["--hostfile", hostfile, *SUPERVISE]
+            command += ["--hostfile", hostfile, "--ssh-port", hosts.ssh_port, *SUPERVISE]
             return [hosts.start(HEAD, command, log, env)]
         case "torchrun":
             # Every node waits for the others at the first.

@@ -13,10 +13,12 @@ import pytest
 
 from host_faults import (
     FAULT_STEP,
+    LAUNCH,
     WATCH,
     cable_out,
     compare,
     end,
+    host_environment,
     launch,
     rank_killed,
     ranks_left,
@@ -35,7 +37,7 @@ pytestmark = [
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[Hosts]:
-    with make_hosts(2, tmp_path / "hosts") as made:
+    with make_hosts(2, tmp_path / "hosts", ssh_port=2222) as made:
         yield made
 
 
@@ -116,3 +118,37 @@ def test_a_signal_to_the_supervisor_saves_on_every_rank(
     with supervised(hosts, run_dir, log, *arguments) as processes:
         assert wait_all(processes, 300) == [0], log.read_text()
     assert differences(finished_run_2_ranks, run_dir) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "mpirun"])
+def test_a_script_reaches_sshds_on_another_port(
+    launcher: str, hosts: Hosts, config_file: Path, finished_run_2_ranks: Path, tmp_path: Path
+) -> None:
+    """SSH_PORT of launch/multinode.sh and launch/mpi.sh; nothing listens on port 22."""
+    if launcher != "pdsh":
+        pytest.importorskip("mpi4py")
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = [config_file, f"run.dir={run_dir}", KEEP_ALL, "engine.zero_stage=3"]
+    processes = launch(hosts, launcher, hosts.nodes, arguments, log)
+    try:
+        assert wait_all(processes, 300) == [0], log.read_text()
+    finally:
+        end(hosts, processes)
+    assert differences(finished_run_2_ranks, run_dir) == []
+
+
+def test_hosts_not_reached_on_the_port_are_named(
+    hosts: Hosts, config_file: Path, tmp_path: Path
+) -> None:
+    """Before a rank is started anywhere: those of the other hosts would wait for the missing."""
+    log = tmp_path / "log"
+    env = host_environment() | {"SSH_PORT": "2223"}
+    script = [LAUNCH / "multinode.sh", hosts.hostfile(1), config_file, f"run.dir={tmp_path}/run"]
+    assert wait_all([hosts.start(HEAD, script, log, env)], 60) == [2], log.read_text()
+    refused = "connect to host {} port 2223: Connection refused"
+    said = log.read_text()
+    assert said.startswith("error: 2 of 2 hosts not reached: node1: ssh: "), said
+    assert refused.format("node1") in said and refused.format("node2") in said
+    assert "make 'ssh -p 2223 node1 true' work" in said
+    assert said.count("\n") == 1 and not (tmp_path / "run").exists()
