@@ -15,7 +15,7 @@ examples:
   bitscale doctor --hostfile hostfile --config configs/7b.yaml
   bitscale doctor --hostfile hostfile --run-dir /shared/runs --json > doctor.json
   bitscale doctor --local --quick                        a health check: no torch, under a second
-  bitscale doctor --hostfile hostfile --ssh-only         does ssh reach every host; nothing said if so
+  bitscale doctor --hostfile hostfile --ssh-only         does ssh reach every host
   bitscale doctor --print-environment > env.txt          what launchers hand to other hosts
 
 exit code: 0 fit for a run (with warnings, maybe), 1 a check failed, 2 bad arguments
