@@ -104,6 +104,27 @@ def test_a_host_without_its_cable_is_left_out(
 
 
 @pytest.mark.slow
+def test_torchrun_ends_on_the_host_that_is_cut_off(
+    hosts: Hosts, config_file: Path, tmp_path: Path
+) -> None:
+    """Its agent asks the head's store, which does not answer: for 15 minutes, by torchrun alone."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = [config_file, f"run.dir={run_dir}", KEEP_ALL, "engine.zero_stage=3", *WATCH]
+    processes = launch(hosts, "torchrun", hosts.nodes, arguments, log)
+    try:
+        wait_for_step(processes, run_dir, FAULT_STEP, 300)
+        with cable_out(hosts, "node2", run_dir, 1):
+            assert wait_all(processes, 200) == [1, 1], log.read_text()
+            assert ranks_left(hosts) == []
+    finally:
+        end(hosts, processes)
+    said = log.read_text()
+    assert "hosts: rank 0 on node1, rank 1 on node2" in said
+    assert "error on node2: torchrun has not heard from the store of its rendezvous" in said
+    assert "error on node1: torchrun" not in said
+
+
+@pytest.mark.slow
 def test_a_signal_to_the_supervisor_saves_on_every_rank(
     hosts: Hosts, config_file: Path, finished_run_2_ranks: Path, tmp_path: Path
 ) -> None:
