@@ -23,7 +23,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Never
+from typing import Literal, Never
 
 SECONDS = 30.0
 _RENDEZVOUS = "torch.distributed.elastic.rendezvous"
@@ -44,10 +44,11 @@ def watch(seconds: float = SECONDS, poll_seconds: float = _POLL_SECONDS) -> None
     before: FrameType | None = None
     while True:
         time.sleep(poll_seconds)
-        started = started or bool(_children())
+        ranks = _ranks()
+        started = started or ranks != "none"
         # A frame is one call of one function: the same object means that it has not returned.
         frame = _rendezvous_call()
-        if frame is None or frame is not before or not started or not _rank_has_ended():
+        if frame is None or frame is not before or not started or ranks == "run":
             before, since = frame, time.monotonic()
         elif time.monotonic() - since >= seconds:
             _give_up(seconds)
@@ -62,13 +63,13 @@ def _rendezvous_call() -> FrameType | None:
     return frame
 
 
-def _rank_has_ended() -> bool:
-    """Whether a child waits to be noticed by the agent, or there is none any more."""
+def _ranks() -> Literal["none", "run", "ended"]:
+    """Whether this process has children, and whether the end of one waits to be noticed."""
     try:
         ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
     except ChildProcessError:
-        return True
-    return ended is not None
+        return "none"
+    return "run" if ended is None else "ended"
 
 
 def _give_up(seconds: float) -> Never:
