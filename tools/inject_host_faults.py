@@ -49,11 +49,11 @@ is `bitscale supervise`, `torchrun` launch/torchrun.sh, `pdsh` and `openmpi` lau
 
 - **ends after**: from the fault until the launcher has ended on every host, or the supervisor has
   stopped all ranks. "runs on": not within {bound:.0f} s; everything was then killed.
+- **names**: what a line says of the fault. A run over several hosts also begins with `hosts: rank 0
+  on node1, ...`, for a launcher that names a lost host only.
 - **left behind**: training processes that still run on the hosts two seconds after that.
 - **first step**: from the restart (supervisor: of its second attempt; others: by hand with
   `--resume auto`) to the first new optimizer step; with the ranks that took it.
-- **names**: what a line says of the fault. A run over several hosts also begins with `hosts: rank 0
-  on node1, ...`, for a launcher that names a lost host only.
 - **in the end**: the finished run against one that was never interrupted: every metric, checkpoint
   and telemetry line, bit for bit.
 
