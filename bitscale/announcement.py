@@ -1,5 +1,7 @@
 """What a run says of itself when it begins, turns ternary, or goes back."""
 
+from collections.abc import Sequence
+
 import torch
 
 from bitscale.config import Amendment, Config, ScaledMoments, num_steps, transition_step
@@ -20,6 +22,27 @@ def run_summary(cfg: Config, mesh: Mesh, engine: TrainEngine, num_tokens: int) -
         f"{cfg.train.dtype}, ZeRO-{cfg.engine.zero_stage}, {mesh.world_size} rank(s) on "
         f"{mesh.device.type}{_layout(cfg)}, kernel {_kernel(engine)}; {transition_summary(cfg)}"
     )
+
+
+def host_lines(hosts: Sequence[str], per_line: int = 8) -> list[str]:
+    """Which ranks are where, several hosts a line; `hosts[i]` has rank i. Nothing about one host.
+
+    mpirun, pdsh and Slurm say of a host that is lost its name only."""
+    ranks: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        ranks.setdefault(host, []).append(rank)
+    if len(ranks) < 2:
+        return []
+    named = [f"{_ranks(numbers)} on {host}" for host, numbers in ranks.items()]
+    return [f"hosts: {', '.join(named[i : i + per_line])}" for i in range(0, len(named), per_line)]
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return f"rank {numbers[0]}"
+    if numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"ranks {numbers[0]} to {numbers[-1]}"
+    return f"ranks {' '.join(map(str, numbers))}"
 
 
 def transition_summary(cfg: Config) -> str:

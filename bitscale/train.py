@@ -3,6 +3,7 @@
 `train` sets a run up (corpora, ranks, model, engine, resumption); `_loop` is the run itself.
 """
 
+import os
 import sys
 import time
 from collections.abc import Collection
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bitscale import checkpoint, guard, run, run_lock
-from bitscale.announcement import amendment_summary, run_summary, transition_summary
+from bitscale.announcement import amendment_summary, host_lines, run_summary, transition_summary
 from bitscale.config import (
     Amendments,
     Config,
@@ -360,6 +361,8 @@ def _announce(session: _Session, reader: StateSource | None, comparison: run.Com
     session.recorder.event(step, batches.tokens_seen(step), event, **details, **source)
     tokens = batches.tokens_seen(num_steps(cfg))
     session.say(run_summary(cfg, mesh, session.engine, tokens))
+    for line in host_lines(mesh.gather_objects(os.uname().nodename)):
+        session.say(line)
     if reader is not None:
         session.say(f"resumed from {reader.path} at step {step}")
     for amendment in session.amendments:

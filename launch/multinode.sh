@@ -32,11 +32,16 @@ export DS_ENV_FILE
 trap 'rm -f "$DS_ENV_FILE"' EXIT
 bitscale doctor --print-environment >"$DS_ENV_FILE"
 
-# Without these an ssh connection to a node that has gone is waited for for ever.
-alive='-o ServerAliveInterval=10 -o ServerAliveCountMax=3'
+# pdsh and DeepSpeed start the ranks of those nodes that ssh reaches, which wait for the others: ask
+# first. PDSH_SSH_ARGS_APPEND has options of your own.
+bitscale doctor --hostfile "$hostfile" --ssh-only \
+  --ssh "ssh ${SSH_PORT:+-p $SSH_PORT} ${PDSH_SSH_ARGS_APPEND:-}"
+
 # --force_multi: with a single host in the file DeepSpeed would start its ranks here instead.
 options=(--hostfile "$hostfile" --launcher "${LAUNCHER:=pdsh}" --no_local_rank --force_multi)
 if [[ $LAUNCHER == pdsh ]]; then
+  # Without these an ssh connection to a node that has gone is waited for for ever.
+  alive='-o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3'
   export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} $alive"
   options+=(--master_port "${MASTER_PORT:-29500}" ${SSH_PORT:+--ssh_port "$SSH_PORT"})
 else
@@ -44,6 +49,8 @@ else
   ifname=${IFNAME:-eth0}
   mca="--mca btl_tcp_if_include $ifname --mca oob_tcp_if_include $ifname"
   mca+=" --mca oob_tcp_keepalive_time 10 --mca oob_tcp_keepalive_intvl 10 --mca oob_tcp_keepalive_probes 3"
+  # ssh gives a node up later than that: of an ssh that ended mpirun says neither host nor rank.
+  alive='-o ConnectTimeout=10 -o ServerAliveInterval=20 -o ServerAliveCountMax=3 -o LogLevel=INFO'
   mca+=" --mca plm_rsh_args '${SSH_PORT:+-p $SSH_PORT }$alive'"
   options+=(--no_ssh_check "--launcher_args=$mca")
   # DeepSpeed would ask the first node for its address, which openmpi's ranks find out themselves.

@@ -12,7 +12,8 @@ shift
 if ! nvidia-smi -L >/dev/null 2>&1; then
   export DS_ACCELERATOR=cpu
 fi
+# bitscale.torchrun: torchrun, which by itself waits a quarter of an hour for a head that has gone.
 # Port 0 of localhost: any free one, so that runs on one machine do not meet.
-exec torchrun --nnodes "${NUM_NODES:-1}" --nproc-per-node "$ranks_per_node" \
+exec python -m bitscale.torchrun --nnodes "${NUM_NODES:-1}" --nproc-per-node "$ranks_per_node" \
   --rdzv-backend c10d --rdzv-endpoint "${HEAD:-localhost:0}" --rdzv-id "${RUN_ID:-bitscale}" \
   --max-restarts "${MAX_RESTARTS:-0}" -m bitscale.cli.main train "$@"

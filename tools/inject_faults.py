@@ -4,7 +4,8 @@
     python tools/inject_faults.py --out docs/results/faults.md     # all; root, for the full disk
     python tools/inject_faults.py --quick                          # what CI runs
 
-The faults are in tests/e2e/faults.py and ambush.py. Exit code 1 if one did not go as it must.
+The faults are in tests/e2e/faults.py, damage.py and ambush.py. Exit code 1 if one did
+not go as it must.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "e2e"))
 
+import damage
 import faults as f
 from faults import Bench, Seen
 
@@ -72,35 +74,35 @@ def cases(other_text: Path | None, other_tokenizer: Path | None) -> list[Case]:
         Case(
             damaged,
             "shard truncated",
-            f.refused_until(f.truncate, f"{shard}: ", "truncated or foreign"),
+            f.refused_until(damage.truncate, f"{shard}: ", "truncated or foreign"),
         ),
         Case(
             damaged,
             "bit flipped in a shard's values",
-            f.refused_until(f.flip_value, f"{shard}: checksum differs"),
+            f.refused_until(damage.flip_value, f"{shard}: checksum differs"),
         ),
         Case(
             damaged,
             "bit flipped in a shard's header",
-            f.refused_until(f.flip_header, f"{shard}: checksum differs"),
+            f.refused_until(damage.flip_header, f"{shard}: checksum differs"),
         ),
         Case(
             damaged,
             "bit flipped in meta.json (step 20 reads 24)",
-            f.refused_until(f.flip_meta, "meta.json: checksum differs from SHA256SUMS"),
+            f.refused_until(damage.flip_meta, "meta.json: checksum differs from SHA256SUMS"),
             quick=True,
         ),
         Case(
             damaged,
             "bit flipped in SHA256SUMS",
-            f.refused_until(f.flip_sums, "meta.json: checksum differs from SHA256SUMS"),
+            f.refused_until(damage.flip_sums, "meta.json: checksum differs from SHA256SUMS"),
         ),
-        Case(damaged, "shard missing", f.refused_until(f.remove(shard), f"{shard}: missing")),
+        Case(damaged, "shard missing", f.refused_until(damage.remove(shard), f"{shard}: missing")),
         Case(
             damaged,
             "one rank's shard missing, of 2",
             f.refused_until(
-                f.remove("state-00001-of-00002.safetensors"),
+                damage.remove("state-00001-of-00002.safetensors"),
                 "state-00001-of-00002.safetensors: missing",
             ),
             2,
@@ -108,7 +110,7 @@ def cases(other_text: Path | None, other_tokenizer: Path | None) -> list[Case]:
         Case(
             damaged,
             "shard of another checkpoint",
-            f.refused_until(f.foreign_shard, f"{shard}: checksum differs"),
+            f.refused_until(damage.foreign_shard, f"{shard}: checksum differs"),
         ),
         Case(
             damaged,
@@ -118,35 +120,39 @@ def cases(other_text: Path | None, other_tokenizer: Path | None) -> list[Case]:
         Case(
             damaged,
             "meta.json missing",
-            f.refused_until(f.remove(meta), "which is missing or incomplete"),
+            f.refused_until(damage.remove(meta), "which is missing or incomplete"),
         ),
-        Case(damaged, "meta.json cut in half", f.refused_until(f.halve_meta, "damaged (")),
+        Case(damaged, "meta.json cut in half", f.refused_until(damage.halve_meta, "damaged (")),
         Case(
             damaged,
             "SHA256SUMS missing",
-            f.refused_until(f.remove("SHA256SUMS"), "SHA256SUMS: missing"),
+            f.refused_until(damage.remove("SHA256SUMS"), "SHA256SUMS: missing"),
         ),
         Case(
             damaged,
             "a format from the future",
-            f.refused_until(f.newer_format, "format 'bitscale-checkpoint-9', this version reads"),
+            f.refused_until(
+                damage.newer_format, "format 'bitscale-checkpoint-9', this version reads"
+            ),
         ),
         Case(
             damaged,
             "NaN in a master weight, every checksum right",
-            f.refused_until(f.nan_master, "(master) holds NaN or infinity"),
+            f.refused_until(damage.nan_master, "(master) holds NaN or infinity"),
             quick=True,
         ),
         Case(
             damaged,
             "`latest` names what is not there",
-            f.refused_until(f.latest(b"step-00000099\n"), "names 'step-00000099', which is missi"),
+            f.refused_until(
+                damage.latest(b"step-00000099\n"), "names 'step-00000099', which is missi"
+            ),
         ),
-        Case(damaged, "`latest` empty", f.refused_until(f.latest(b""), "holds ''")),
+        Case(damaged, "`latest` empty", f.refused_until(damage.latest(b""), "holds ''")),
         Case(
             damaged,
             "`latest` garbled",
-            f.refused_until(f.latest(b"\xff\x00st"), "which is not a checkpoint's name"),
+            f.refused_until(damage.latest(b"\xff\x00st"), "which is not a checkpoint's name"),
         ),
         Case(config, "`model.d_ff`", f.wrong("model.d_ff=96", expected="model.d_ff is 96 here")),
         Case(config, "`data.seq_len`", f.wrong("data.seq_len=16", expected="data.seq_len is 16")),

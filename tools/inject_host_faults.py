@@ -49,6 +49,8 @@ is `bitscale supervise`, `torchrun` launch/torchrun.sh, `pdsh` and `openmpi` lau
 
 - **ends after**: from the fault until the launcher has ended on every host, or the supervisor has
   stopped all ranks. "runs on": not within {bound:.0f} s; everything was then killed.
+- **names**: what a line says of the fault. A run over several hosts also begins with `hosts: rank 0
+  on node1, ...`, for a launcher that names a lost host only.
 - **left behind**: training processes that still run on the hosts two seconds after that.
 - **first step**: from the restart (supervisor: of its second attempt; others: by hand with
   `--resume auto`) to the first new optimizer step; with the ranks that took it.
@@ -74,6 +76,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help='cases with this in "LAUNCHER: FAULT"')
     parser.add_argument("--hosts", type=int, choices=(2, 4), default=2, help="default: 2")
     parser.add_argument("--out", type=Path, help="write the table there, as Markdown")
+    parser.add_argument("--note", default="", help="a sentence for the table's provenance")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     failures = 0
@@ -83,7 +86,7 @@ def main() -> int:
             return 2
         failures = _run_cases(args.work, args.text, args.only, args.hosts)
     if args.out:
-        args.out.write_text(_report(args.work), encoding="utf-8")
+        args.out.write_text(_report(args.work, args.note), encoding="utf-8")
     return 1 if failures else 0
 
 
@@ -142,7 +145,7 @@ def _cells(seen: Seen) -> list[str]:
     return [ends + codes, seen.names, left, first, seen.outcome]
 
 
-def _report(work: Path) -> str:
+def _report(work: Path, note: str) -> str:
     found = [Seen(**json.loads(path.read_text())) for path in sorted(work.glob("*-*.json"))]
     found.sort(key=lambda seen: seen.num_hosts)
     text = (work / "text").read_text()
@@ -173,7 +176,7 @@ def _report(work: Path) -> str:
     lines.append("\n## What was said\n")
     for seen in ordered:
         lines.append(f"**{_title(seen)}, {seen.launcher}**\n\n```\n{_shortened(seen)}\n```\n")
-    return "\n".join([*lines, _provenance()])
+    return "\n".join([*lines, _provenance(note)])
 
 
 def _title(seen: Seen) -> str:
@@ -186,7 +189,7 @@ def _shortened(seen: Seen, most: int = 12) -> str:
     return "\n".join(lines[:most])
 
 
-def _provenance() -> str:
+def _provenance(note: str) -> str:
     found = ", ".join(f"{name} {version}" for name, version in versions().items())
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
@@ -196,7 +199,7 @@ def _provenance() -> str:
 
 {today}, commit {commit}, {os.cpu_count()} CPU cores ({platform.machine()}), gloo, one thread a
 rank, beside other work: times are upper bounds, and starting Python is most of
-them; {found}. By `python tools/inject_host_faults.py`.
+them; {found}. By `python tools/inject_host_faults.py`.{" " * bool(note)}{note}
 """
 
 

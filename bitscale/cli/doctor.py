@@ -15,9 +15,11 @@ examples:
   bitscale doctor --hostfile hostfile --config configs/7b.yaml
   bitscale doctor --hostfile hostfile --run-dir /shared/runs --json > doctor.json
   bitscale doctor --local --quick                        a health check: no torch, under a second
+  bitscale doctor --hostfile hostfile --ssh-only         does ssh reach every host
   bitscale doctor --print-environment > env.txt          what launchers hand to other hosts
 
 exit code: 0 fit for a run (with warnings, maybe), 1 a check failed, 2 bad arguments
+(--ssh-only: 2 if a host is not reached)
 """
 _MASTER_PORT = 29500
 
@@ -41,6 +43,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--ssh", default="ssh", metavar="COMMAND", help="as in --ssh 'ssh -p 2222' (default: ssh)"
+    )
+    parser.add_argument(
+        "--ssh-only",
+        action="store_true",
+        help="only log in to every host of --hostfile; an error names those that are not reached",
     )
     parser.add_argument(
         "--answer-seconds", type=float, default=60.0, metavar="S", help="to wait for a host (60)"
@@ -77,6 +84,9 @@ def run(args: argparse.Namespace) -> int:
         for name, value in exported(os.environ).items():
             print(f"{name}={value}")
         return 0
+    if args.ssh_only:
+        _require_ssh(args)
+        return 0
     examination, num_hosts = _local(args) if args.local else _cluster(args)
     findings = examination.findings
     if args.json:
@@ -97,8 +107,19 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError("--local is about this host, --hostfile about others; drop one of them")
     if args.quick and not args.local:
         raise ConfigError("--quick leaves out what needs other hosts; add --local")
+    if args.ssh_only and args.hostfile is None:
+        raise ConfigError("--ssh-only logs in to the hosts of a hostfile; name it by --hostfile")
     if args.port is not None and not 0 < args.port < 65536:
         raise ConfigError(f"--port {args.port} is not a port; use 1024 to 65535")
+
+
+def _require_ssh(args: argparse.Namespace) -> None:
+    import shlex
+
+    from bitscale.doctor.reach import require_ssh
+    from bitscale.hostfile import read_hostfile
+
+    require_ssh(read_hostfile(args.hostfile), shlex.split(args.ssh), args.answer_seconds)
 
 
 def _local(args: argparse.Namespace) -> tuple[Examination, int]:

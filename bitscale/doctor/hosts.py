@@ -19,8 +19,10 @@ from bitscale.doctor.agent import MARK
 from bitscale.hostfile import Host
 
 T = TypeVar("T")
-_MAX_AT_ONCE = 256
+MAX_AT_ONCE = 256
 _CONNECT_SECONDS = 10
+# BatchMode: ask for no password; a host that is off must not hold up the others.
+CONNECT_OPTIONS = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}")
 
 
 class HostFailure(Exception):
@@ -36,10 +38,8 @@ def agent_command(
         return start
     settings = [f"{name}={value}" for name, value in environment.items()]
     there = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(['env', *settings, *start])}"
-    # BatchMode: ask for no password; a host that is off must not hold up the others.
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}"]
     alive = ["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"]
-    return [*ssh, *options, *alive, host, there]
+    return [*ssh, *CONNECT_OPTIONS, *alive, host, there]
 
 
 class Connection:
@@ -114,7 +114,7 @@ def on_each(
         except HostFailure as failure:
             return failure
 
-    with ThreadPoolExecutor(min(max(len(connections), 1), _MAX_AT_ONCE)) as pool:
+    with ThreadPoolExecutor(min(max(len(connections), 1), MAX_AT_ONCE)) as pool:
         return list(pool.map(guarded, connections))
 
 

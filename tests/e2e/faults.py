@@ -6,7 +6,6 @@ ends bitwise equal to the uninterrupted one (`runs.differences`), or the run was
 """
 
 import hashlib
-import json
 import os
 import resource
 import shutil
@@ -16,9 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from ambush import (
     SAVE_POINTS,
     Operation,
@@ -32,7 +30,6 @@ from ambush import (
 )
 
 from bitscale.checkpoint import Reader, latest_checkpoint
-from bitscale.checkpoint.write import write_safetensors
 from bitscale.heartbeat import RANKS_DIR
 from kill_points import wait_for_step
 from preloaded import Session
@@ -167,7 +164,7 @@ def sigterm_twice_in_a_save(bench: Bench) -> Seen:
     strike: Strike = lambda: (sigterm(), time.sleep(1), sigterm(), time.sleep(60))  # noqa: E731
     code, _ = bench.run(run_dir, prepare=lambda _: lay(point, strike))
     path = latest_checkpoint(run_dir / "checkpoints")
-    assert code == -signal.SIGTERM and path == _checkpoint(run_dir)
+    assert code == -signal.SIGTERM and path == half_checkpoint(run_dir)
     bench.assert_mended(run_dir)
     return Seen(f"in force and whole: `{path.name}`", code)
 
@@ -207,7 +204,8 @@ def one_rank_killed_in_a_save(bench: Bench) -> Seen:
 # What is on disk
 
 
-def _checkpoint(run_dir: Path) -> Path:
+def half_checkpoint(run_dir: Path) -> Path:
+    """The newest of a half run."""
     return run_dir / "checkpoints" / f"step-{HALF:08d}"
 
 
@@ -237,80 +235,6 @@ def _tree(run_dir: Path) -> dict[str, str]:
         for path in sorted(run_dir.rglob("*"))
         if path.is_file() and path.name != "run.lock" and path.parent.name != RANKS_DIR
     }
-
-
-def _flip(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 0b100
-    path.write_bytes(content)
-
-
-def truncate(_: Bench, run_dir: Path) -> None:
-    path = _checkpoint(run_dir) / SHARD
-    path.write_bytes(path.read_bytes()[:-4096])
-
-
-def flip_value(_: Bench, run_dir: Path) -> None:
-    _flip(_checkpoint(run_dir) / SHARD, -20_000)
-
-
-def flip_header(_: Bench, run_dir: Path) -> None:
-    _flip(_checkpoint(run_dir) / SHARD, 40)
-
-
-def flip_meta(_: Bench, run_dir: Path) -> None:
-    """A digit: 20 steps become 24, in JSON that still parses."""
-    path = _checkpoint(run_dir) / "meta.json"
-    _flip(path, path.read_bytes().index(b'"step": 20') + len(b'"step": 2'))
-
-
-def flip_sums(_: Bench, run_dir: Path) -> None:
-    _flip(_checkpoint(run_dir) / "SHA256SUMS", -30)
-
-
-def remove(name: str) -> Callable[[Bench, Path], None]:
-    return lambda _, run_dir: (_checkpoint(run_dir) / name).unlink()
-
-
-def halve_meta(_: Bench, run_dir: Path) -> None:
-    path = _checkpoint(run_dir) / "meta.json"
-    path.write_bytes(path.read_bytes()[:700])
-
-
-def foreign_shard(bench: Bench, run_dir: Path) -> None:
-    """Of the same run's other step: same size, same keys, sound in itself."""
-    shutil.copy(bench.half / "checkpoints/step-00000015" / SHARD, _checkpoint(run_dir) / SHARD)
-
-
-def newer_format(_: Bench, run_dir: Path) -> None:
-    rewrite(_checkpoint(run_dir), format="bitscale-checkpoint-9")
-
-
-def latest(content: bytes) -> Callable[[Bench, Path], None]:
-    return lambda _, run_dir: _discard((run_dir / "checkpoints" / "latest").write_bytes(content))
-
-
-def _discard(_: object) -> None:
-    return None
-
-
-def nan_master(_: Bench, run_dir: Path) -> None:
-    """In force, sound by every checksum, and useless."""
-    path = _checkpoint(run_dir)
-    reader = Reader(path)
-    handle = reader._handles[SHARD]
-    tensors = {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
-    next(t for key, t in tensors.items() if "|master|" in key).view(-1)[3] = torch.nan
-    num_bytes, digest = write_safetensors(path / SHARD, tensors)
-    rewrite(path, files={SHARD: {"bytes": num_bytes, "sha256": digest}})
-
-
-def rewrite(path: Path, **changes: Any) -> None:
-    """As if it had been saved so: with the right checksums."""
-    content = json.dumps(json.loads((path / "meta.json").read_text()) | changes)
-    (path / "meta.json").write_text(content)
-    digest = hashlib.sha256(content.encode()).hexdigest()
-    (path / "SHA256SUMS").write_text(f"{digest}  meta.json\n")
 
 
 # Around the run
@@ -412,7 +336,7 @@ def link_run(run_dir: Path) -> None:
 
 def link_checkpoint(run_dir: Path) -> None:
     """It is deleted in due course: the link, that is."""
-    path = _checkpoint(run_dir)
+    path = half_checkpoint(run_dir)
     elsewhere = run_dir.with_name(run_dir.name + "-moved")
     path.rename(elsewhere)
     path.symlink_to(elsewhere)
@@ -485,7 +409,7 @@ def disk_full(bench: Bench) -> Seen:
     """A disk with room for two and a half checkpoints. Needs root (mount)."""
     disk = bench.folder / "disk"
     disk.mkdir()
-    one = sum(path.stat().st_size for path in _checkpoint(bench.half).iterdir())
+    one = sum(path.stat().st_size for path in half_checkpoint(bench.half).iterdir())
     _mount("-t", "tmpfs", "-o", f"size={one * 5 // 2}", "tmpfs", disk)
     try:
         run_dir = disk / "run"

@@ -47,11 +47,11 @@ def launch(
 ) -> list[subprocess.Popen[bytes]]:
     """Start `bitscale train ARGUMENTS` with a rank on each of `nodes`; what was started here."""
     hostfile = hosts.hostfile(1, nodes)
-    env = host_environment()
+    env = host_environment() | {"SSH_PORT": str(hosts.ssh_port)}
     match launcher:
         case "supervise":
             command = [sys.executable, "-m", "bitscale.cli.main", "supervise", *arguments]
-            command += ["--hostfile", hostfile, *SUPERVISE]
+            command += ["--hostfile", hostfile, "--ssh-port", hosts.ssh_port, *SUPERVISE]
             return [hosts.start(HEAD, command, log, env)]
         case "torchrun":
             # Every node waits for the others at the first.
@@ -224,6 +224,7 @@ class Seen:
     first_step_seconds: float | None = None  # from the restart
     outcome: str = ""
     transcript: str = ""
+    mapped: bool = False  # which ranks are on the last host has been said when the run began
 
     @property
     def names(self) -> str:
@@ -232,9 +233,9 @@ class Seen:
         naming = rf"rank {rank} .{{0,40}}\b{host}\b|host {host} \(ranks {rank}\)"
         if re.search(naming, self.transcript):
             return "rank and host"
-        return (
-            "host" if re.search(rf"Remote daemon: .* node {host}", self.transcript) else "nothing"
-        )
+        if not re.search(rf"Remote daemon: .* node {host}", self.transcript):
+            return "nothing"
+        return "host, whose rank the start of the log has" if self.mapped else "host"
 
 
 def inject(
@@ -257,6 +258,8 @@ def inject(
     try:
         wait_for_step(processes, run_dir, SLOW_STEP if fault == "rank slowed" else FAULT_STEP, 300)
         before = len(log.read_text())
+        on_last = rf"^(node1: )?hosts: .*\brank {len(nodes) - 1} on {nodes[-1]}$"
+        seen.mapped = bool(re.search(on_last, log.read_text(), re.MULTILINE))
         begin, begin_unix = time.monotonic(), time.time()
         with FAULTS[fault](hosts, nodes[-1], run_dir, len(nodes) - 1):  # type: ignore[attr-defined]
             bound = begin + (300 if launcher == "supervise" else LAUNCHER_SECONDS)

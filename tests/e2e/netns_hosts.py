@@ -49,6 +49,7 @@ echo ready && read -r address
 wait
 """
 _SSHD_CONFIG = """\
+Port {port}
 HostKey {folder}/host_key
 AuthorizedKeysFile {folder}/key.pub
 PidFile none
@@ -75,6 +76,7 @@ class Hosts:
 
     folder: Path
     names: list[str]
+    ssh_port: int
     _first: dict[str, int]  # PID of each host's first process, as this machine sees it
     _switch: int
 
@@ -139,11 +141,14 @@ def why_not() -> str:
 
 
 @contextmanager
-def make_hosts(num_nodes: int, folder: Path) -> Iterator[Hosts]:
-    """`head` and `num_nodes` nodes that reach each other by name over ssh, without a password."""
+def make_hosts(num_nodes: int, folder: Path, *, ssh_port: int = 22) -> Iterator[Hosts]:
+    """`head` and `num_nodes` nodes that reach each other by name over ssh, without a password.
+
+    Each sshd listens on `ssh_port` only, of which ssh there knows nothing: it has to be told.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     names = [HEAD, *(f"node{index + 1}" for index in range(num_nodes))]
-    _write_configuration(folder, names)
+    _write_configuration(folder, names, ssh_port)
     with ExitStack() as stack:
         # A sleeping process holds the namespace of the bridge.
         sleeper = ["sh", "-c", "echo ready; exec sleep inf"]
@@ -160,23 +165,31 @@ def make_hosts(num_nodes: int, folder: Path) -> Iterator[Hosts]:
             assert holder.stdin is not None
             holder.stdin.write(f"{_address(index)}\n".encode())
             holder.stdin.flush()
-        hosts = Hosts(folder, names, first, switch.pid)
+        hosts = Hosts(folder, names, ssh_port, first, switch.pid)
         for name in names:
             _wait_for_sshd(hosts, name)
         yield hosts
 
 
-def _write_configuration(folder: Path, names: list[str]) -> None:
+def _write_configuration(folder: Path, names: list[str], ssh_port: int) -> None:
     for key in ("key", "host_key"):
         _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)])
     public = (folder / "host_key.pub").read_text().split()[:2]
     addresses = [(_address(index), name) for index, name in enumerate(names)]
-    known = [f"{address},{name} {' '.join(public)}\n" for address, name in addresses]
+    known = [
+        f"{_known(address, ssh_port)},{_known(name, ssh_port)} {' '.join(public)}\n"
+        for address, name in addresses
+    ]
     (folder / "known_hosts").write_text("".join(known))
     lines = [f"{address} {name}\n" for address, name in addresses]
     (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
-    (folder / "sshd_config").write_text(_SSHD_CONFIG.format(folder=folder))
+    (folder / "sshd_config").write_text(_SSHD_CONFIG.format(folder=folder, port=ssh_port))
     (folder / "ssh_config").write_text(_SSH_CONFIG.format(folder=folder))
+
+
+def _known(host: str, port: int) -> str:
+    """`host` as ssh writes it into known_hosts."""
+    return host if port == 22 else f"[{host}]:{port}"
 
 
 def _address(index: int) -> str:

@@ -13,10 +13,12 @@ import pytest
 
 from host_faults import (
     FAULT_STEP,
+    LAUNCH,
     WATCH,
     cable_out,
     compare,
     end,
+    host_environment,
     launch,
     rank_killed,
     ranks_left,
@@ -35,7 +37,7 @@ pytestmark = [
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[Hosts]:
-    with make_hosts(2, tmp_path / "hosts") as made:
+    with make_hosts(2, tmp_path / "hosts", ssh_port=2222) as made:
         yield made
 
 
@@ -102,6 +104,27 @@ def test_a_host_without_its_cable_is_left_out(
 
 
 @pytest.mark.slow
+def test_torchrun_ends_on_the_host_that_is_cut_off(
+    hosts: Hosts, config_file: Path, tmp_path: Path
+) -> None:
+    """Its agent asks the head's store, which does not answer: for 15 minutes, by torchrun alone."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = [config_file, f"run.dir={run_dir}", KEEP_ALL, "engine.zero_stage=3", *WATCH]
+    processes = launch(hosts, "torchrun", hosts.nodes, arguments, log)
+    try:
+        wait_for_step(processes, run_dir, FAULT_STEP, 300)
+        with cable_out(hosts, "node2", run_dir, 1):
+            assert wait_all(processes, 200) == [1, 1], log.read_text()
+            assert ranks_left(hosts) == []
+    finally:
+        end(hosts, processes)
+    said = log.read_text()
+    assert "hosts: rank 0 on node1, rank 1 on node2" in said
+    assert "error on node2: torchrun has not heard from the store of its rendezvous" in said
+    assert "error on node1: torchrun" not in said
+
+
+@pytest.mark.slow
 def test_a_signal_to_the_supervisor_saves_on_every_rank(
     hosts: Hosts, config_file: Path, finished_run_2_ranks: Path, tmp_path: Path
 ) -> None:
@@ -116,3 +139,37 @@ def test_a_signal_to_the_supervisor_saves_on_every_rank(
     with supervised(hosts, run_dir, log, *arguments) as processes:
         assert wait_all(processes, 300) == [0], log.read_text()
     assert differences(finished_run_2_ranks, run_dir) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "mpirun"])
+def test_a_script_reaches_sshds_on_another_port(
+    launcher: str, hosts: Hosts, config_file: Path, finished_run_2_ranks: Path, tmp_path: Path
+) -> None:
+    """SSH_PORT of launch/multinode.sh and launch/mpi.sh; nothing listens on port 22."""
+    if launcher != "pdsh":
+        pytest.importorskip("mpi4py")
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = [config_file, f"run.dir={run_dir}", KEEP_ALL, "engine.zero_stage=3"]
+    processes = launch(hosts, launcher, hosts.nodes, arguments, log)
+    try:
+        assert wait_all(processes, 300) == [0], log.read_text()
+    finally:
+        end(hosts, processes)
+    assert differences(finished_run_2_ranks, run_dir) == []
+
+
+def test_hosts_not_reached_on_the_port_are_named(
+    hosts: Hosts, config_file: Path, tmp_path: Path
+) -> None:
+    """Before a rank is started anywhere: those of the other hosts would wait for the missing."""
+    log = tmp_path / "log"
+    env = host_environment() | {"SSH_PORT": "2223"}
+    script = [LAUNCH / "multinode.sh", hosts.hostfile(1), config_file, f"run.dir={tmp_path}/run"]
+    assert wait_all([hosts.start(HEAD, script, log, env)], 60) == [2], log.read_text()
+    refused = "connect to host {} port 2223: Connection refused"
+    said = log.read_text()
+    assert said.startswith("error: 2 of 2 hosts not reached: node1: ssh: "), said
+    assert refused.format("node1") in said and refused.format("node2") in said
+    assert "make 'ssh -p 2223 node1 true' work" in said
+    assert said.count("\n") == 1 and not (tmp_path / "run").exists()

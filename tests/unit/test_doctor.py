@@ -282,6 +282,7 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
         (["--port", "99999"], "--port 99999 is not a port"),
         (["train.steps=3"], "name it by --config"),
         (["--hostfile", "/no/such"], "--hostfile /no/such"),
+        (["--ssh-only"], "name it by --hostfile"),
     ],
 )
 def test_bad_arguments_exit_2(

@@ -192,6 +192,9 @@ def test_the_environment_file_of_a_launch_is_private_and_holds_no_secret(tmp_pat
     command = tmp_path / "bitscale"  # this tree's, whichever is installed
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m bitscale.cli.main "$@"\n')
     command.chmod(0o755)
+    login = tmp_path / "ssh"  # of a host that lets us in
+    login.write_text("#!/bin/sh\nexit 0\n")
+    login.chmod(0o755)
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
     secrets = {"WANDB_API_KEY": "0123", "HF_TOKEN": "hf_x", "AWS_SECRET_ACCESS_KEY": "s"}
     env = os.environ | secrets | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
