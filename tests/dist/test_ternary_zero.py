@@ -32,7 +32,7 @@ from bitscale.engine import TrainEngine
 from bitscale.engine.ternary_gather import TernaryGather
 from bitscale.mesh import Mesh, share_model
 from bitscale.model.bitlinear import bit_linears, set_strength
-from bitscale.quant import sharded
+from bitscale.quant import pack, sharded
 from bitscale.quant.kernels import get_kernels
 from bitscale.quant.schedule import TERNARY
 from bitscale.telemetry import TernaryTelemetry
@@ -295,26 +295,47 @@ def check_cuts(mesh: Mesh) -> None:
             padded = torch.nn.functional.pad(flat, (0, 4 * size - flat.numel()))
             own = padded[mesh.rank * size : (mesh.rank + 1) * size]
             layout = sharded.partitioned([m.shape for m in whole], starts, size, group, own.device)
-            packed = sharded.gather_codes(own, layout, dtype, 1e-5)
-            codes = [matrix.unpack() for matrix in packed]
-            for index, (matrix, ours) in enumerate(zip(whole, codes, strict=True)):
-                theirs = get_kernels("reference", "cpu").ternarize(matrix.to(dtype), "absmean", 1e-5)
-                assert torch.equal(ours.codes_FD, theirs.codes_FD), (dtype, size, index)
-                assert torch.equal(ours.scale.nan_to_num(9), theirs.scale.nan_to_num(9))
-                again = sharded.gather_matrix(own, layout, dtype, index)
-                assert torch.equal(again.nan_to_num(9), matrix.to(dtype).nan_to_num(9))
+            check_layout(own, layout, dtype)
+        check_shares(mesh, dtype)
+
+
+def check_shares(mesh: Mesh, dtype: torch.dtype) -> None:
+    """Each matrix cut for itself; the padding of a share may be anything. Some ranks have none."""
+    shares, places = [], []
+    for matrix in matrices():
+        size = -(-matrix.numel() // 4)
+        padded = torch.full((4 * size,), torch.nan)
+        padded[: matrix.numel()] = matrix.flatten()
+        places.append(sum(share.numel() for share in shares))
+        shares.append(padded[mesh.rank * size : (mesh.rank + 1) * size].to(dtype))
+    own = torch.cat(shares)
+    shapes = [matrix.shape for matrix in matrices()]
+    group = torch.distributed.group.WORLD
+    layout = sharded.partitioned_each(shapes, places, group, own.device)
+    assert {len([p for p in layout.pieces if p.rank == rank]) for rank in range(4)} == {8, 6, 4}
+    check_layout(own, layout, dtype)
+
+
+def check_layout(own: Tensor, layout: sharded.Partitioned, dtype: torch.dtype) -> None:
+    codes = [matrix.unpack() for matrix in sharded.gather_codes(own, layout, dtype, 1e-5)]
+    for index, (matrix, ours) in enumerate(zip(matrices(), codes, strict=True)):
+        theirs = get_kernels("reference", "cpu").ternarize(matrix.to(dtype), "absmean", 1e-5)
+        assert torch.equal(ours.codes_FD, theirs.codes_FD), (dtype, layout.pieces, index)
+        assert torch.equal(ours.scale.nan_to_num(9), theirs.scale.nan_to_num(9))
+        again = sharded.gather_matrix(own, layout, dtype, index)
+        assert torch.equal(again.nan_to_num(9), matrix.to(dtype).nan_to_num(9))
 
 
 def check_cuts_with_and_without_c(mesh: Mesh) -> None:
     check_cuts(mesh)
     in_c = sharded.runs_in_c
-    sharded.runs_in_c = lambda tensor, kernel: False
+    sharded.runs_in_c = pack.runs_in_c = lambda tensor, kernel: False
     try:
         check_cuts(mesh)
     finally:
-        sharded.runs_in_c = in_c
+        sharded.runs_in_c = pack.runs_in_c = in_c
 
 
 def test_codes_of_any_cut_are_those_of_the_whole(world_of: Callable[[int], World]) -> None:
-    """Uneven and empty partitions, matrices over several ranks, halves, NaN and infinity."""
+    """ZeRO's cuts: uneven and empty partitions, matrices over several ranks, halves, NaN and infinity."""
     world_of(4).run(check_cuts_with_and_without_c)
