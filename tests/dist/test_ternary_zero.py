@@ -118,11 +118,12 @@ def run(mesh: Mesh, cfg: Config, corpus: Path) -> tuple[Seen, Any]:
     for step in range(NUM_STEPS):
         if step == TRANSITION_STEP:
             begin_transition(engine, mesh, "keep")
+        largest.clear()
         seen.steps.append(train_step(engine, batches, step, mesh))
         is_absent = step >= TERNARY_STEP and cfg.engine.ternary_gather
         assert_resident(engine, is_absent)
         absent = ABSENT_BYTES[cfg.train.dtype]
-        assert (largest.pop("within a pass") == absent) == is_absent, "held for a layer's use"
+        assert (largest["within a pass"] == absent) == is_absent, "fetched for a layer's use"
         if step in (1, TRANSITION_STEP + 1, TERNARY_STEP, TERNARY_STEP + 1):
             seen.held_out.append(held_out(engine, corpus, mesh))
             seen.figures.append(telemetry.read(engine.gathered, compute=True))
