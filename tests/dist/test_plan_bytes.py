@@ -189,7 +189,12 @@ def planned(cfg: Config) -> tuple[Memory, Counter[str], int]:
     return memory(layout, stage, "ternary"), payload, checkpoint_bytes(layout)
 
 
-@pytest.mark.parametrize("case", CASES)
+def cases() -> list[Any]:
+    slow = ("stage 3, small weights kept, codes",)
+    return [pytest.param(case, marks=pytest.mark.slow) if case in slow else case for case in CASES]
+
+
+@pytest.mark.parametrize("case", cases())
 def test_bytes_that_live_and_bytes_that_are_sent(
     case: str, world_of: Callable[[int], World], corpus_prefix: Any
 ) -> None:
