@@ -39,13 +39,11 @@ class TernaryZero3:
         """`wrapper`: DeepSpeed's optimizer object; `scale_group`: the ranks that share matrices;
         `packed`: the layers keep their codes in two bits, and unpack them for each pass.
         """
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-        self._available = ZeroParamStatus.AVAILABLE
         self._wrapper, self._layers, self._packed = wrapper, list(layers), packed
         self._scale_group = scale_group
         # DeepSpeed's parameters; asking the layers for them would fetch them in a forward pass.
         self._weights: list[Any] = [layer.weight for layer in self._layers]
+        self._available = type(self._weights[0].ds_status).AVAILABLE
         shares = [weight.ds_tensor for weight in self._weights]
         buffer = wrapper.lp_param_buffer
         storages = {share.untyped_storage().data_ptr() for share in shares}

@@ -34,7 +34,7 @@ from bitscale.mesh import Mesh, share_model
 from bitscale.model.bitlinear import bit_linears, set_strength
 from bitscale.quant import pack, sharded
 from bitscale.quant.kernels import get_kernels
-from bitscale.quant.schedule import TERNARY
+from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY
 from bitscale.telemetry import TernaryTelemetry
 from bitscale.train import restore
 from bitscale.transition import begin_transition
@@ -128,6 +128,10 @@ def run(mesh: Mesh, cfg: Config, corpus: Path) -> tuple[Seen, Any]:
             seen.held_out.append(held_out(engine, corpus, mesh))
             seen.figures.append(telemetry.read(engine.gathered, compute=True))
             seen.held_out.append(held_out(engine, corpus, mesh))
+    # There and back without a step between.
+    for strength in (TERNARY, SIXTEEN_BIT, TERNARY):
+        set_strength(engine.module, strength)
+        seen.held_out.append(held_out(engine, corpus, mesh))
     for name, parameter in engine.module.named_parameters():
         with engine.gathered(parameter) as whole:
             seen.weights[name] = whole.clone()
