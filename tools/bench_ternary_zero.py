@@ -50,8 +50,8 @@ engine: {device: cpu, num_threads: 1, zero_stage: 1}
 """
 CONTENDERS = {
     "16-bit copy": (),
-    "codes, int8": ("ternary_gather",),
-    "codes, packed": ("ternary_gather", "packed_codes"),
+    "codes, int8": ("ternary_gather=true", "packed_codes=false"),
+    "codes, packed": ("ternary_gather=true", "packed_codes=true"),
 }
 MIB = 2**20
 
@@ -152,9 +152,10 @@ def serve(rank: int, size: int, port: int, cfg: Config, pipe: Connection) -> Non
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
     )  # fmt: skip
     here = Rank(cfg, init_mesh(cfg.engine.device, cfg.engine.num_threads))
-    sizes = [layer.weight.numel() for _, layer in bit_linears(here.engine.module)]
-    whole = sum(p.numel() for p in here.engine.module.parameters())
-    pipe.send({"ternary": sum(sizes), "parameters": whole})
+    shapes = here.engine.parameter_shapes()
+    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    ternary = sum(sizes[name] for name in here.engine.ternary_weights())
+    pipe.send({"ternary": ternary, "parameters": sum(sizes.values())})
     while (told := pipe.recv()) is not None:
         pipe.send(here.step(**told))
     close_mesh()
@@ -222,7 +223,7 @@ def main() -> int:
     base.write_text(DEFAULTS, encoding="utf-8")
     contenders = {}
     for name, keys in CONTENDERS.items():
-        cfg = load_config(base, [*args.set, *(f"engine.{key}=true" for key in keys)])
+        cfg = load_config(base, [*args.set, *(f"engine.{key}" for key in keys)])
         contenders[name] = Contender(cfg, args.ranks)
     base.unlink()
     plan = [{"ternary": False}, {}, {"counted": True}, *[{} for _ in range(args.repeats)]]

@@ -34,8 +34,12 @@ _OWNED_DEEPSPEED_KEYS = {
     "comet": "log.comet",
 }
 
-# DeepSpeed's ZeRO options that put the fp32 masters elsewhere.
-_FOREIGN_MASTERS = ("offload_optimizer", "zenflow")
+# DeepSpeed's ZeRO options that put masters or their 16-bit copies elsewhere, or (leaf modules) use
+# several layers' weights at once.
+_FOREIGN_SHARES = (
+    *("offload_optimizer", "offload_param", "zenflow", "zero_hpz_partition_size"),
+    *("mics_shard_size", "zero_quantized_weights", "stage3_module_granularity_threshold"),
+)
 
 
 def check(cfg: Config) -> None:
@@ -343,11 +347,10 @@ def _check_ternary_gather(cfg: Config) -> None:
             )
         return
     stage = cfg.engine.zero_stage
-    if stage not in (1, 2):
-        reason = "keeps whole masters on every rank" if stage == 0 else "gathers layer by layer"
+    if stage == 0:
         raise ConfigError(
-            f"engine.ternary_gather=true with engine.zero_stage={stage}, which {reason}; use "
-            "engine.zero_stage=1 or 2, or ternary_gather=false"
+            "engine.ternary_gather=true with engine.zero_stage=0, which keeps whole masters on "
+            "every rank; use engine.zero_stage=1, 2 or 3, or ternary_gather=false"
         )
     if cfg.parallel.pp > 1 and cfg.train.dtype == "fp32":
         raise ConfigError(
@@ -363,10 +366,11 @@ def _check_ternary_gather(cfg: Config) -> None:
             "kernels multiply; use quant.preset=b158 without overrides, or ternary_gather=false"
         )
     zero = cfg.engine.deepspeed.get("zero_optimization", {})
-    for key in _FOREIGN_MASTERS if isinstance(zero, dict) else ():
+    for key in _FOREIGN_SHARES if isinstance(zero, dict) else ():
         if zero.get(key):
             raise ConfigError(
                 f"engine.ternary_gather=true with engine.deepspeed.zero_optimization.{key}="
-                f"{json.dumps(zero[key])}: codes are made of masters on the training device; "
+                f"{json.dumps(zero[key])}: codes are made of each rank's own share of every matrix "
+                "on the training device, and stay for the whole step; "
                 f"leave {key} out, or set ternary_gather=false"
             )

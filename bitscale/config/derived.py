@@ -67,6 +67,12 @@ def moments_of(optim: OptimConfig) -> tuple[str, ...]:
     return ("exp_avg",) if optim.name == "lion" else ("exp_avg", "exp_avg_sq")
 
 
+def packs_codes(cfg: Config) -> bool:
+    """Whether ranks keep the codes that they exchange in 2 bits; ZeRO-3 is chosen for memory."""
+    wanted = cfg.engine.packed_codes
+    return cfg.engine.ternary_gather and (cfg.engine.zero_stage == 3 if wanted is None else wanted)
+
+
 def num_kv_heads(cfg: Config) -> int:
     return cfg.model.num_kv_heads or cfg.model.num_heads
 

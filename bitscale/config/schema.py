@@ -278,9 +278,10 @@ class TrainConfig(Section):
 class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1  # DeepSpeed's ZeRO; 0 only with fp32
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
-    # fully ternary, ranks exchange 2-bit codes and keep no 16-bit copy of a ternary matrix
+    # fully ternary, ranks exchange 2-bit codes in place of 16-bit ternary matrices
     ternary_gather: bool = False
-    packed_codes: bool = False  # with ternary_gather: codes are kept in 2 bits, not in int8
+    # with ternary_gather: codes are kept in 2 bits, not in int8; null: true at stage 3
+    packed_codes: bool | None = None
     num_threads: NonNegativeInt = 0  # CPU threads per rank; 0: cores / local ranks
     deepspeed: dict[str, Any] = {}  # raw DeepSpeed keys, merged on top of the derived ones
 

@@ -6,8 +6,8 @@ that this rank holds, as writable views. Checkpoints, resumption and the transit
 optimizer-state policies are written against fragments and so work at every stage. Together the
 ranks' fragments with `saved_here` cover each element of each parameter exactly once.
 
-This file and ternary_gather.py know DeepSpeed's internal layout (measured with 0.19.8), and no
-other does.
+This file, ternary_gather.py and ternary_zero3.py know DeepSpeed's internal layout (measured with
+0.19.8), and no other does.
 """
 
 from collections.abc import Callable, Iterator, Sequence

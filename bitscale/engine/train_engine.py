@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitscale.config import Config, check_world_size, moments_of
+from bitscale.config import Config, check_world_size, moments_of, packs_codes
 from bitscale.data.batches import EvaluationBatch, MicroBatch
 from bitscale.engine import fragments as fragment_views
 from bitscale.engine.ds_config import deepspeed_config
@@ -22,6 +22,7 @@ from bitscale.engine.mpu import ModelParallelUnit
 from bitscale.engine.optimizers import AdamW, make_optimizer
 from bitscale.engine.own_time import OwnClock, OwnTime, layers_with_parameters
 from bitscale.engine.ternary_gather import TernaryGather
+from bitscale.engine.ternary_zero3 import TernaryZero3
 from bitscale.errors import ConfigError
 from bitscale.mesh import Mesh
 from bitscale.model.bitlinear import bit_linears, forget_weights, prepare_weights, set_kernels
@@ -142,14 +143,13 @@ class TrainEngine:
     def gathered(self, parameter: nn.Parameter) -> Iterator[Tensor]:
         """The whole compute weight, on every rank, read-only (a collective at stage 3, with
         `engine.ternary_gather`, and where tensor-parallel ranks share it)."""
-        if self.stage == 3:
-            import deepspeed
+        with contextlib.ExitStack() as stack:
+            if self._ternary_gather is not None:
+                stack.enter_context(self._ternary_gather.whole(parameter))
+            if self.stage == 3:
+                import deepspeed
 
-            with deepspeed.zero.GatheredParameters(parameter):
-                yield whole_parameter(parameter, self.mesh.tp_group)
-            return
-        gather = self._ternary_gather
-        with contextlib.nullcontext() if gather is None else gather.whole(parameter):
+                stack.enter_context(deepspeed.zero.GatheredParameters(parameter))
             yield whole_parameter(parameter, self.mesh.tp_group)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -182,19 +182,17 @@ class TrainEngine:
             if params
         ]
 
-    def _make_ternary_gather(self) -> TernaryGather | None:
+    def _make_ternary_gather(self) -> TernaryGather | TernaryZero3 | None:
         """None if nothing that is trained here is ternary."""
-        indices = [i for i, g in enumerate(self._optimizer.param_groups) if g["ternary"]]
         layers = [layer for _, layer in bit_linears(self.module) if layer.weight.requires_grad]
-        if not indices:
+        if not layers:
             return None
+        packed, scale_group = packs_codes(self.cfg), self.mesh.tp_group
+        if self.stage == 3:
+            return TernaryZero3(self._wrapper, layers, scale_group, packed=packed)
+        (index,) = [i for i, g in enumerate(self._optimizer.param_groups) if g["ternary"]]
         return TernaryGather(
-            self._wrapper,
-            self._optimizer,
-            indices[0],
-            layers,
-            self.mesh.tp_group,
-            packed=self.cfg.engine.packed_codes,
+            self._wrapper, self._optimizer, index, layers, scale_group, packed=packed
         )
 
     def _fetch_weights(self) -> None:

@@ -107,7 +107,7 @@ class Layout:
         )
 
     def exchanged_codes(self, stage: Stage, phase: Phase) -> int:
-        """Elements of ternary matrices of which ranks exchange codes and keep no 16-bit copy."""
+        """Elements of ternary matrices of which ranks exchange codes, and no 16-bit weights."""
         if phase != "ternary" or not self.cfg.engine.ternary_gather:
             return 0
         return self.parameters(stage).matrices

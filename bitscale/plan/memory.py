@@ -11,7 +11,7 @@ The engine's parts follow DeepSpeed 0.19.8 with our settings (fp32 accumulation 
 
 from dataclasses import dataclass
 
-from bitscale.config import moments_of
+from bitscale.config import moments_of, packs_codes
 from bitscale.model import cost
 from bitscale.model.cost import Phase
 from bitscale.plan.layout import Layout, Stage, zero_option
@@ -90,9 +90,9 @@ def memory(layout: Layout, stage: Stage, phase: Phase) -> Memory:
     weights = float(b * (held.total - layout.exchanged_codes(stage, phase)))
     gathered_elements = 0.0
     if zero == 3:
-        persistent = persistent_elements(layout, stage)
+        persistent = persistent_elements(layout, stage, phase)
         weights = b * (share + persistent)
-        gathered_elements = gathered_weights(layout, stage).peak_elements
+        gathered_elements = gathered_weights(layout, stage, phase).peak_elements
     parts = {
         "weights": weights,
         "gathered weights": b * gathered_elements,
@@ -116,7 +116,7 @@ def memory(layout: Layout, stage: Stage, phase: Phase) -> Memory:
     if phase == "ternary" and layout.way == "kernels" and cfg.quant.kernel == "reference":
         tokens = layout.micro_batch_tokens
         workspace += cost.reference_workspace_bytes(cfg.model, at, tokens)
-    if layout.exchanged_codes(stage, phase) and cfg.engine.packed_codes:
+    if layout.exchanged_codes(stage, phase) and packs_codes(cfg):
         workspace += max(matrices)  # the int8 codes of one at a time
     # BF16_Optimizer empties them after each pass, and frees them after the step.
     is_passing = b == 2 and (zero >= 2 or layout.num_micro_batches == 1)
@@ -144,17 +144,19 @@ def checkpoint_bytes(layout: Layout) -> int:
     return 4 * len(kinds) * cost.parameters(layout.cfg.model).total
 
 
-def persistent_elements(layout: Layout, stage: Stage) -> int:
+def persistent_elements(layout: Layout, stage: Stage, phase: Phase) -> int:
     """Parameters too small for ZeRO-3 to partition between steps."""
     threshold = zero_option(layout.cfg, "stage3_param_persistence_threshold")
     m, held = layout.cfg.model, layout.parameters(stage)
     block = [matrix.numel for matrix in cost.block_matrices(m, layout.tp)]
+    if layout.exchanged_codes(stage, phase):
+        block = []
     sizes = stage.num_layers * [*block, *cost.block_vectors(m, layout.tp)]
     sizes += [held.embedding, held.head, held.final_norm]
     return sum(size for size in sizes if size <= threshold)
 
 
-def gathered_weights(layout: Layout, stage: Stage) -> Gathered:
+def gathered_weights(layout: Layout, stage: Stage, phase: Phase) -> Gathered:
     """What ZeRO-3 gathers in one micro-batch of `stage`."""
     cfg = layout.cfg
     threshold = zero_option(cfg, "stage3_param_persistence_threshold")
@@ -169,6 +171,8 @@ def gathered_weights(layout: Layout, stage: Stage) -> Gathered:
     if stage.has_head and not held.head:
         last = list(first)
     blocks = [_block_uses(index, sizes) for index in range(stage.num_layers)]
+    if layout.exchanged_codes(stage, phase):
+        blocks = [[Use(None, use.numel) for use in block] for block in blocks]
     uses = [VISIT, *first, VISIT, *(use for block in blocks for use in block)]
     uses += [VISIT, *last, *last, VISIT]
     for block in reversed(blocks):
@@ -199,9 +203,11 @@ def _copies(layout: Layout, stage: Stage, phase: Phase) -> float:
     matrices = layout.parameters(stage).matrices
     a_step: float
     a_step, a_pass, unprepared = cost.weight_copies(phase, layout.way, b)
-    if cfg.engine.zero_stage == 3 or layout.spec.weight.rounding == "stochastic":
+    are_exchanged = layout.exchanged_codes(stage, phase) > 0
+    is_zero3 = cfg.engine.zero_stage == 3 and not are_exchanged
+    if is_zero3 or layout.spec.weight.rounding == "stochastic":
         a_step, a_pass = 0, unprepared
-    if layout.exchanged_codes(stage, phase) and cfg.engine.packed_codes:
+    if are_exchanged and packs_codes(cfg):
         a_step = 0.25
     again = cost.recomputed_matrices(cfg.model, cfg.train.activation_checkpointing, layout.tp)
     num_blocks = stage.in_flight * stage.num_layers

@@ -61,16 +61,16 @@ def _data_parallel(layout: Layout, stage: Stage, phase: Phase) -> Iterator[Traff
     if zero < 3:
         # Stage 2 too: DeepSpeed reduces a bucket whole and keeps its share.
         yield over("gradients", "all-reduce", gradients, zero == 2)
+    num_codes = layout.exchanged_codes(stage, phase)
+    yield over("2-bit codes", "gather", num_codes / 4, False)
     if zero in (1, 2):
-        num_codes = layout.exchanged_codes(stage, phase)
         updated = float(layout.bytes * (num_elements - num_codes))
         yield over("updated weights", "gather", updated, False)
-        yield over("2-bit codes", "gather", num_codes / 4, False)
     if zero == 3:
         yield over("gradients", "reduce-scatter", gradients, True)
-        a_pass = gathered_weights(layout, stage).num_elements
+        a_pass = gathered_weights(layout, stage, phase).num_elements
         yield over("weights in use", "gather", float(layout.bytes * a_pass * passes), True)
-        small = layout.bytes * persistent_elements(layout, stage)
+        small = layout.bytes * persistent_elements(layout, stage, phase)
         yield over("updated small weights", "gather", float(small), False)
 
 

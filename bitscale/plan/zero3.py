@@ -15,8 +15,9 @@ from typing import NamedTuple
 class Use(NamedTuple):
     """A module runs, and reads its weight if that is partitioned."""
 
-    weight: Hashable | None  # None: a module without one, at which others are prefetched too
-    numel: int
+    # None: a module that gathers nothing itself, at which others are prefetched too.
+    weight: Hashable | None
+    numel: int  # of its weight, gathered or not: the distance between two uses of another
 
 
 VISIT = Use(None, 0)

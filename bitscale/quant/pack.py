@@ -30,8 +30,9 @@ CODES_PER_BYTE = 4
 class PackedTernary(NamedTuple):
     """A matrix in two bits a code, as consecutive flat pieces, and its scale."""
 
-    pieces: tuple[Tensor, ...]  # uint8, each of `pack_2bit` as 4 rows, padded at its end
-    sizes: tuple[int, ...]  # codes in each piece
+    # uint8 [n, B]: n pieces of equal size, each of `pack_2bit` as 4 rows, padded at its end.
+    pieces: tuple[Tensor, ...]
+    sizes: tuple[int, ...]  # codes in each of these tensors
     shape: torch.Size
     scale: Tensor  # fp32 scalar
 
@@ -39,13 +40,24 @@ class PackedTernary(NamedTuple):
         """int8 codes in memory of their own."""
         codes = self.scale.new_empty(self.shape.numel(), dtype=torch.int8)
         parts = torch.split(codes, list(self.sizes))
-        for packed, part in zip(self.pieces, parts, strict=True):
-            fields = packed.view(1, -1)
-            if part.numel() % CODES_PER_BYTE:
-                part.copy_(unpack_2bit(fields, checked=False).flatten()[: part.numel()])
-            else:
-                unpack_2bit(fields, checked=False, out=part.view(CODES_PER_BYTE, -1))
+        for packed_nB, part in zip(self.pieces, parts, strict=True):
+            _unpack_pieces(packed_nB, part.view(packed_nB.shape[0], -1))
         return Ternary(codes.view(self.shape), self.scale)
+
+
+def _unpack_pieces(packed_nB: Tensor, codes_nS: Tensor) -> None:
+    """Each row of bytes into a row of codes, which ends where its padding begins."""
+    num_pieces, size = codes_nS.shape
+    if num_pieces > 1 and not runs_in_c(packed_nB, "auto"):
+        # PyTorch's operators are started once for all pieces.
+        fields_4nB = unpack_2bit(packed_nB, checked=False).view(CODES_PER_BYTE, num_pieces, -1)
+        codes_nS.copy_(fields_4nB.transpose(0, 1).flatten(1)[:, :size])
+        return
+    for packed_B, codes_S in zip(packed_nB, codes_nS, strict=True):
+        if size % CODES_PER_BYTE:
+            codes_S.copy_(unpack_2bit(packed_B[None], checked=False).flatten()[:size])
+        else:
+            unpack_2bit(packed_B[None], checked=False, out=codes_S.view(CODES_PER_BYTE, -1))
 
 
 def pack_2bit(

@@ -1,14 +1,15 @@
-"""Ternary codes of matrices whose fp32 masters are spread over data-parallel ranks.
+"""Ternary codes of matrices that are spread over data-parallel ranks.
 
-ZeRO cuts one flat tensor, in which the matrices lie one after the other, into a partition for each
-rank, anywhere. Each rank quantizes what it has, and packed codes travel instead of 16-bit weights:
+ZeRO-1 and 2 cut one flat tensor, in which the matrices lie one after the other, into a partition
+for each rank, anywhere; ZeRO-3 cuts each matrix into equal shares. Each rank quantizes what it
+has, and packed codes travel instead of 16-bit weights:
 two bits an element, and one fp64 sum a matrix for its scale (absmean), which is exact in any order
 (`exact_sum`), so that codes and scales are bitwise those of the whole matrix on one rank.
 
 Shapes: M matrices; N elements of this rank's partition; R ranks; B bytes that a rank sends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,10 +46,10 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Partitioned:
-    """How the matrices of one flat tensor are spread over the ranks of `group`."""
+    """How matrices are spread over the partitions of the ranks of `group`."""
 
     shapes: tuple[torch.Size, ...]
-    counts_M: Tensor  # fp64 elements of each matrix, where the masters are
+    counts_M: Tensor  # fp64 elements of each matrix, where the partition is
     pieces: tuple[Piece, ...]
     num_bytes: int  # that every rank sends: those of the rank with the most
     group: dist.ProcessGroup
@@ -72,19 +73,48 @@ def partitioned(
 ) -> Partitioned:
     """Matrices of `shapes` that begin at `starts` of a flat tensor on `device`, cut every
     `partition_size` elements."""
-    pieces: list[Piece] = []
-    sent = [0] * group.size()
+    pieces = []
     for matrix, (shape, first) in enumerate(zip(shapes, starts, strict=True)):
         position, end = first, first + shape.numel()
         while position < end:
             rank, place = divmod(position, partition_size)
             numel = min(end - position, partition_size - place)
-            piece = Piece(matrix, position - first, numel, rank, place, sent[rank])
-            pieces.append(piece)
-            sent[rank] += piece.num_bytes
+            pieces.append(Piece(matrix, position - first, numel, rank, place, 0))
             position += numel
+    return _laid_out(shapes, pieces, group, device)
+
+
+def partitioned_each(
+    shapes: Sequence[torch.Size],
+    places: Sequence[int],
+    group: dist.ProcessGroup,
+    device: torch.device,
+) -> Partitioned:
+    """Matrices of `shapes`, each cut into equal shares, of which the last ranks' may be shorter or
+    empty; the share of matrix i begins at `places[i]` of every rank's partition, on `device`."""
+    pieces = []
+    for matrix, (shape, place) in enumerate(zip(shapes, places, strict=True)):
+        share = -(-shape.numel() // group.size())
+        for rank in range(group.size()):
+            numel = min(share, shape.numel() - rank * share)
+            if numel > 0:
+                pieces.append(Piece(matrix, rank * share, numel, rank, place, 0))
+    return _laid_out(shapes, pieces, group, device)
+
+
+def _laid_out(
+    shapes: Sequence[torch.Size],
+    pieces: Sequence[Piece],
+    group: dist.ProcessGroup,
+    device: torch.device,
+) -> Partitioned:
+    """`pieces` with their places in what each rank sends."""
+    placed, sent = [], [0] * group.size()
+    for piece in pieces:
+        placed.append(piece._replace(byte=sent[piece.rank]))
+        sent[piece.rank] += piece.num_bytes
     counts_M = torch.tensor([shape.numel() for shape in shapes], dtype=torch.float64, device=device)
-    return Partitioned(tuple(shapes), counts_M, tuple(pieces), max(sent), group, group.rank())
+    return Partitioned(tuple(shapes), counts_M, tuple(placed), max(sent), group, group.rank())
 
 
 def gather_codes(
@@ -96,9 +126,10 @@ def gather_codes(
 ) -> list[PackedTernary]:
     """Codes and absmean scale of every matrix, on every rank (a collective).
 
-    `masters_N` (fp32, this rank's partition) are rounded to `dtype`, in which the weights would
-    be, before they are quantized. `scale_group`: tensor-parallel ranks, each with an equally laid
-    out part of the same logical matrices; the scales are then those of the whole ones.
+    `masters_N` (this rank's partition, fp32 or rounded already) are rounded to `dtype`, in which
+    the weights would be, before they are quantized. `scale_group`: tensor-parallel ranks, each
+    with an equally laid out part of the same logical matrices; the scales are then those of the
+    whole ones.
     """
     scales_M = _scales(masters_N, layout, dtype, eps, scale_group)
     sent_B = masters_N.new_empty(layout.num_bytes, dtype=torch.uint8)
@@ -113,13 +144,27 @@ def gather_codes(
         pieces[piece.matrix].append(piece)
     return [
         PackedTernary(
-            tuple(packed_RB[p.rank, p.byte : p.byte + p.num_bytes] for p in own),
-            tuple(p.numel for p in own),
+            tuple(packed_RB[p.rank : p.rank + n, p.byte : p.byte + p.num_bytes] for p, n in runs),
+            tuple(n * p.numel for p, n in runs),
             shape,
             scale,
         )
-        for own, shape, scale in zip(pieces, layout.shapes, scales_M.unbind(), strict=True)
+        for runs, shape, scale in zip(
+            (list(_runs(own)) for own in pieces), layout.shapes, scales_M.unbind(), strict=True
+        )
     ]
+
+
+def _runs(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, int]]:
+    """The first of equal pieces of neighbouring ranks, and how many they are: they can be unpacked
+    together."""
+    first = 0
+    for index, piece in enumerate(pieces, start=1):
+        following = pieces[index] if index < len(pieces) else None
+        next_one = (piece.rank + 1, piece.byte, piece.numel)
+        if following is None or (following.rank, following.byte, following.numel) != next_one:
+            yield pieces[first], index - first
+            first = index
 
 
 def gather_matrix(

@@ -18,6 +18,7 @@ from bitscale.config import (
     load_config,
     num_kv_heads,
     num_steps,
+    packs_codes,
     parse_config,
     point_step,
     span_steps,
@@ -189,6 +190,7 @@ def changed(value: Any, key: str) -> Any:
         "transition.weight_decay": "off",
         "transition.guard.action": "skip_batch",
         "engine.device": "cpu",
+        "engine.packed_codes": True,
         "engine.zero_stage": 2,
         "model.d_model": 64,
         "model.norm": "layernorm",
@@ -269,6 +271,15 @@ def test_points_and_spans_agree_in_every_unit(make_config: MakeConfig) -> None:
     cfg = make_config()
     assert point_step(cfg.transition.weight_decay_off_at, cfg) == 67  # 2/3, rounded
     assert transition_step(make_config("transition.at=null")) is None
+
+
+def test_codes_are_kept_packed_where_that_is_wanted_or_memory_is(make_config: MakeConfig) -> None:
+    on = "engine.ternary_gather=true"
+    assert not packs_codes(make_config("engine.zero_stage=3"))
+    assert packs_codes(make_config(on, "engine.zero_stage=3"))
+    assert not packs_codes(make_config(on, "engine.zero_stage=3", "engine.packed_codes=false"))
+    assert not packs_codes(make_config(on))
+    assert packs_codes(make_config(on, "engine.packed_codes=true"))
 
 
 def test_session_end_and_kv_heads(make_config: MakeConfig) -> None:

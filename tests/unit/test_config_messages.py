@@ -125,15 +125,18 @@ COMBINATION_ERRORS = {
     ),
     "ternary gather without shares of masters": (
         ["engine.ternary_gather=true", "engine.zero_stage=0", "train.dtype=fp32"],
-        ["engine.zero_stage=0", "whole masters on every rank", "zero_stage=1 or 2"],
+        ["engine.zero_stage=0", "whole masters on every rank", "zero_stage=1, 2 or 3"],
     ),
     "packed codes that nobody packs": (
         ["engine.packed_codes=true"],
         ["engine.packed_codes=true", "engine.ternary_gather=false", "set ternary_gather=true"],
     ),
-    "ternary gather of layers": (
-        ["engine.ternary_gather=true", "engine.zero_stage=3"],
-        ["engine.zero_stage=3", "layer by layer", "ternary_gather=false"],
+    "ternary gather of shares in main memory": (
+        [
+            *("engine.ternary_gather=true", "engine.zero_stage=3"),
+            "engine.deepspeed.zero_optimization.offload_param={device: nvme}",
+        ],
+        ["zero_optimization.offload_param={", "own share", "leave offload_param out"],
     ),
     "ternary gather of medians": (
         ["engine.ternary_gather=true", "quant.preset=absmedian"],

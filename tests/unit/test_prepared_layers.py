@@ -442,7 +442,7 @@ def packed(codes_FD: Tensor, scale: Tensor, cut: int) -> PackedTernary:
     flat = codes_FD.flatten()
     parts = [flat[:cut], flat[cut:]]
     padded = [F.pad(part, (0, -part.numel() % 4)).view(4, -1) for part in parts]
-    pieces = tuple(pack_2bit(part).flatten() for part in padded)
+    pieces = tuple(pack_2bit(part) for part in padded)
     return PackedTernary(pieces, tuple(part.numel() for part in parts), codes_FD.shape, scale)
 
 
