@@ -24,7 +24,7 @@ examples:
   bitscale sweep mine.yaml --backend print > commands.sh
 
 Stop it when you like: the same command goes on, and does nothing for what is finished.
-exit codes: 0 done; 1 a cell failed twice; 2 bad input; 75 stopped by SIGTERM or Ctrl-C
+exit codes: 0 done; 1 a cell failed twice, or could not begin; 2 bad input; 75 stopped by SIGTERM or Ctrl-C
 """
 
 
@@ -85,7 +85,17 @@ def run(args: argparse.Namespace) -> int:
     paths = [Path(item) for item in args.items if "=" not in item]
     overrides = [item for item in args.items if "=" in item] + args.overrides
     campaign = campaigns.plan(paths, overrides, args.out, args.over)
-    schedule = campaigns.make_schedule(campaign, shlex.split(args.launcher))
+    trains = not (args.dry_run or args.report or args.backend == "print")
+    with campaigns.sole_trainer(campaign, enabled=trains):
+        schedule = campaigns.make_schedule(campaign, shlex.split(args.launcher))
+        return _run(args, campaign, schedule)
+
+
+def _run(args: argparse.Namespace, campaign: "Campaign", schedule: "Schedule") -> int:
+    import shlex
+
+    from bitscale.sweep import campaign as campaigns
+
     for line in campaigns.describe(campaign, schedule):
         print(line, file=sys.stderr if args.backend == "print" else sys.stdout, flush=True)
     if args.dry_run:
@@ -98,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     whole = args.report or _train(args, campaign, schedule)
     _report(args, campaign)
+    if args.report:
+        return 0
     return _conclude(campaign, schedule) if whole else EXIT_PREEMPTED
 
 
@@ -138,7 +150,14 @@ def _conclude(campaign: "Campaign", schedule: "Schedule") -> int:
         print("\n".join(f"    {line}" for line in lines), file=sys.stderr)
     for run in schedule.blocked():
         print(f"not begun, its trunk failed: {names[run.key]}", file=sys.stderr)
-    return EXIT_FAILURE if schedule.failed else 0
+    for run in schedule.not_begun():
+        why = "it waits for a checkpoint; the same command trains that again"
+        if run.key in schedule.elsewhere:
+            why = (
+                "a job of an earlier command trains it; when it has ended, the same command goes on"
+            )
+        print(f"not done: {names[run.key]} ({run.key}): {why}", file=sys.stderr)
+    return EXIT_FAILURE if schedule.failed or schedule.not_begun() else 0
 
 
 def _parameters(texts: list[str]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def run_local(schedule: Schedule, progress: Progress, workers: int) -> bool:
         context.set_forkserver_preload(PRELOAD_ON_CPU)
     else:  # DeepSpeed would look for the GPU, which a fork must not share
         context.set_forkserver_preload(PRELOAD)
+    schedule.prune()
     stop = _Stop()
     active: dict[str, tuple[Run, ForkServerProcess]] = {}
     told = False

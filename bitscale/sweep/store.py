@@ -5,6 +5,7 @@ OUT/runs/KEY/log.txt     what it printed
 OUT/runs/KEY/done.json   written last: how it ended
 OUT/sweeps/NAME.json     which runs belong to a sweep, as what
 OUT/RESULTS.parquet, .csv
+OUT/sweep.lock           held by the command that trains here
 """
 
 import json
@@ -13,7 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bitscale import checkpoint
+from bitscale import checkpoint, run_lock
 from bitscale.config import num_steps
 from bitscale.errors import ConfigError
 from bitscale.recorder import METRICS_NAME, read_lines
@@ -21,6 +22,7 @@ from bitscale.sweep.trunks import Run
 
 DONE_NAME = "done.json"
 LOG_NAME = "log.txt"
+LOCK_NAME = "sweep.lock"
 FINISHED, DIVERGED = "finished", "diverged"
 
 
@@ -52,6 +54,10 @@ class Store(NamedTuple):
 
     def finish(self, key: str, content: Mapping[str, Any]) -> None:
         write_json(self.run_dir(key) / DONE_NAME, content)
+
+    def is_in_use(self, key: str) -> bool:
+        """Whether a process trains in the run's directory now."""
+        return run_lock.is_held(self.run_dir(key))
 
     def last_step(self, key: str) -> int:
         """Steps that a run has recorded; 0 before it began."""
@@ -107,12 +113,12 @@ def _step(path: Path) -> int:
 
 
 def clear(store: Store, key: str) -> None:
-    """Remove what a run left, but for its log."""
+    """Remove what a run left, but for its log and its lock, of which a new file would know nothing."""
     directory = store.run_dir(key)
     if not directory.is_dir():
         return
     for path in directory.iterdir():
-        if path.name != LOG_NAME:
+        if path.name not in (LOG_NAME, run_lock.LOCK_NAME):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from bitscale import run_lock
 from bitscale.cli.main import main
 from bitscale.config import num_steps, parse_config, transition_step
 from bitscale.errors import ConfigError
@@ -22,7 +23,7 @@ from bitscale.sweep.progress import Progress
 from bitscale.sweep.results import measure_cells, write_table
 from bitscale.sweep.schedule import Schedule
 from bitscale.sweep.slurm import make_executor, run_slurm
-from bitscale.sweep.store import write_json
+from bitscale.sweep.store import Store, write_json
 from bitscale.sweep.worker import FAILED, FAULT, OK, STOPPED, Task
 
 pytestmark = pytest.mark.unit
@@ -186,9 +187,91 @@ def test_a_stopped_fork_needs_its_trunk_no_more(make: Make) -> None:
     left = [path.name for path in campaign.store.root.rglob("step-*")]
     second = schedule_of(campaign)
     assert sorted(left) == ["step-00000010", "step-00000015"]
+    second.prune()
     assert [path.name for path in campaign.store.root.rglob("step-*")] == ["step-00000015"]
     (run,) = second.remaining()
     assert second.begin(run).resume == "auto"
+
+
+def test_what_only_looks_deletes_nothing(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plan or a report of a part of the sweeps knows nothing of what the others still need."""
+    campaign = make(seeds={"values": [0]})
+    schedule = schedule_of(campaign)
+    trunk = schedule.next_run()
+    assert trunk is not None
+    schedule.end(trunk, pretend(schedule.begin(trunk)))
+    saved = [path.name for path in campaign.store.root.rglob("step-*")]
+    content = yaml.safe_load((tmp_path / "try.yaml").read_text())
+    content["arms"] = {"sixteen": ARMS["sixteen"]}
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump(content))
+    command = ["sweep", str(tmp_path / "part.yaml"), "--out", str(campaign.store.root)]
+    for look in ("--dry-run", "--report"):
+        assert main([*command, look]) == 0
+        assert [path.name for path in campaign.store.root.rglob("step-*")] == saved != []
+    # The command that trains does: there is nothing to train, and nobody of its own begins there.
+    assert main(command) == 0
+    assert list(campaign.store.root.rglob("step-*")) == []
+    # Whoever waited for these can no longer begin here, and is not forgotten.
+    names = {cell.key: cell.label for cell in campaign.cells}
+    assert run_all(schedule) == ["finished"]
+    assert [names[run.key] for run in schedule.not_begun()] == ["early", "late"]
+    assert run_all(schedule_of(campaign)) == ["finished"] * 3  # the trunk once more
+
+
+def test_two_commands_do_not_train_in_one_directory(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    campaign = make(seeds={"values": [0]})
+    command = ["sweep", str(tmp_path / "try.yaml"), "--out", str(campaign.store.root)]
+    with campaigns.sole_trainer(campaign):
+        assert main(command) == 2
+        assert "is in use by process" in (error := capsys.readouterr().err), error
+        assert "choose another --out" in error
+        assert main([*command, "--dry-run"]) == 0
+
+
+def test_a_job_of_an_earlier_command_is_left_alone(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files stay; what it has finished then is not trained again, what it has not, is."""
+    campaign = make(seeds={"values": [0]}, arms={k: ARMS[k] for k in ("sixteen", "scratch")})
+    first, second = schedule_of(campaign), schedule_of(campaign)
+    task = first.begin(campaign.runs[0])
+    with run_lock.hold(Path(task.directory)):
+        (Path(task.directory) / "metrics.jsonl").write_text("")
+        run = second.next_run()
+        assert run is campaign.runs[1] and second.elsewhere == {task.key}
+        assert second.end(run, pretend(second.begin(run))) == "finished"
+        assert second.next_run() is None
+        assert [run.key for run in second.not_begun()] == [task.key]
+        assert (Path(task.directory) / "metrics.jsonl").exists()
+    third = schedule_of(campaign)
+    third.elsewhere.add(task.key)
+    assert third.next_run() is campaign.runs[0]  # it was killed
+    pretend(task)
+    assert second.next_run() is None and second.remaining() == []
+    # Slurm's command waits for it.
+    waits, lines = [True, True, False], list[str]()
+    for path in campaign.store.root.rglob("done.json"):
+        path.unlink()
+    monkeypatch.setattr(Store, "is_in_use", lambda self, key: key == task.key and waits.pop(0))
+    schedule, executor = schedule_of(campaign), _Executor()
+    schedule.done.clear()
+    run_slurm(schedule, Progress(schedule, campaign.names, write=lines.append), executor, 0.0)
+    assert executor.arrays == [1] and "waiting for 1 jobs of an earlier command" in lines
+    assert waits == []
+
+
+def test_a_stop_is_no_failure(make: Make) -> None:
+    campaign = make(seeds={"values": [0]}, arms={"scratch": ARMS["scratch"]})
+    schedule = schedule_of(campaign)
+    codes, said = [STOPPED, STOPPED, FAILED, STOPPED, FAILED], []
+    while codes and (run := schedule.next_run()) is not None:
+        schedule.begin(run)
+        said.append(schedule.end(run, codes.pop(0)))
+    assert said == ["stopped", "stopped", "retry", "stopped", "failed"]
 
 
 def test_a_failed_run_is_tried_twice_and_others_go_on(make: Make) -> None:
