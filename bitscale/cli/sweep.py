@@ -24,7 +24,8 @@ examples:
   bitscale sweep mine.yaml --backend print > commands.sh
 
 Stop it when you like: the same command goes on, and does nothing for what is finished.
-exit codes: 0 done; 1 a cell failed twice, or could not begin; 2 bad input; 75 stopped by SIGTERM or Ctrl-C
+exit codes: 0 done; 1 a cell failed twice, or could not begin; 2 bad input; 75 stopped by SIGTERM
+or Ctrl-C
 """
 
 
@@ -153,9 +154,7 @@ def _conclude(campaign: "Campaign", schedule: "Schedule") -> int:
     for run in schedule.not_begun():
         why = "it waits for a checkpoint; the same command trains that again"
         if run.key in schedule.elsewhere:
-            why = (
-                "a job of an earlier command trains it; when it has ended, the same command goes on"
-            )
+            why = "another job trains it; when that has ended, the same command goes on"
         print(f"not done: {names[run.key]} ({run.key}): {why}", file=sys.stderr)
     return EXIT_FAILURE if schedule.failed or schedule.not_begun() else 0
 

@@ -113,7 +113,7 @@ def _step(path: Path) -> int:
 
 
 def clear(store: Store, key: str) -> None:
-    """Remove what a run left, but for its log and its lock, of which a new file would know nothing."""
+    """Remove what a run left, but for its log, and its lock: a new file would not be locked."""
     directory = store.run_dir(key)
     if not directory.is_dir():
         return

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from bitscale.fit.paired import (
     mean_interval,
 )
 from bitscale.fit.qat_fraction import PAPER_A, best_fraction, fit_fraction
-from bitscale.fit.recommend import recommend, shape_for
-from bitscale.fit.report import fit_table
+from bitscale.fit.recommend import read_evidence, recommend, shape_for
+from bitscale.fit.report import fit_table, show, write_report
 from bitscale.model import cost
 from fit_recovery import PLANTED, fraction_table, grid, noisy
 
@@ -112,6 +113,31 @@ def test_the_fraction_law_is_found_again() -> None:
     assert hits >= 7
     assert fit.bootstrap.startswith("seeds")
     assert fit.observed_best[100.0] == 0.4
+
+
+@pytest.mark.parametrize("loss", [lambda f: 3 - 0.05 * f, lambda f: 3 - 0.05 * (f - 0.45) ** 2])
+def test_losses_without_a_lowest_point_are_no_evidence(
+    loss: Callable[[float], float], tmp_path: Path
+) -> None:
+    rows = [row | {"valid_loss": loss(row["qat_fraction"])} for row in sweep_rows()]
+    table = write_csv(tmp_path / "table.csv", rows)
+    with pytest.raises(DataError, match="no lowest point between the fractions 0.1 and 0.8"):
+        fit_table(table, "qat-fraction", resamples=20)
+
+
+def test_a_best_fraction_beyond_those_that_were_run_is_called_so(tmp_path: Path) -> None:
+    """a = 10 at S = 25: .045, where the smallest that was run is .1."""
+    rows = sweep_rows()
+    for row in rows:
+        s = row["tokens"] / row["parameters"] / math.log2(3) * 8
+        row["valid_loss"] = 3 + 0.02 * (math.log(row["qat_fraction"]) + 10 / math.log(s)) ** 2
+    report = fit_table(write_csv(tmp_path / "table.csv", rows), "qat-fraction", resamples=20)
+    (warning,) = report.tree["warnings"]
+    assert warning.startswith("at 25 tokens") and "0.10 to 0.80: extrapolated" in warning
+    assert f"  WARNING: {warning}" in show(report)
+    evidence = read_evidence(write_report(report, tmp_path)[0])
+    notes = recommend(2e5, 1e6, evidence=evidence).notes
+    assert any("its runs have QAT fractions of 0.10 to 0.80, this is 0.0" in n for n in notes)
 
 
 def test_the_papers_law() -> None:
@@ -303,6 +329,8 @@ def test_a_recommended_configuration_is_sound(parameters: float) -> None:
     small = parameters < 86e6 or parameters > 2.2e9
     assert any(note.startswith("EXTRAPOLATED") for note in found.notes) == small
     assert transition_step(found.cfg)
+    ramp = found.cfg.transition.ramp.over.fraction
+    assert any(note.startswith(f"Ramp: linear over {ramp:.1%} of") for note in found.notes)
 
 
 def test_recommend_refuses_what_no_rule_covers(capsys: pytest.CaptureFixture[str]) -> None:

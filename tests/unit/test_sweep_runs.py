@@ -1,6 +1,7 @@
 """A sweep's bookkeeping without training: order, retries, pruning, results, verdicts, back ends."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from bitscale.errors import ConfigError
 from bitscale.fit.table import Row, read_table
 from bitscale.sweep import campaign as campaigns
 from bitscale.sweep.campaign import Campaign
-from bitscale.sweep.claims import write_claims
+from bitscale.sweep.claims import _line, write_claims
 from bitscale.sweep.commands import command_list
 from bitscale.sweep.progress import Progress
 from bitscale.sweep.results import measure_cells, write_table
@@ -378,7 +379,7 @@ def test_progress_says_how_far_it_is(make: Make) -> None:
 
 @pytest.fixture
 def finished(make: Make) -> tuple[Campaign, list[Row]]:
-    campaign = make(claims=CLAIMS)
+    campaign = make(claims=CLAIMS, seeds={"values": [0, 1, 2, 3, 4]})
     run_all(schedule_of(campaign))
     return campaign, campaigns.collect(campaign)
 
@@ -386,7 +387,7 @@ def finished(make: Make) -> tuple[Campaign, list[Row]]:
 def test_rows(finished: tuple[Campaign, list[Row]]) -> None:
     campaign, rows = finished
     by_point = {(row["label"], row["seed"]): row for row in rows}
-    assert len(by_point) == 16
+    assert len(by_point) == 20
     early, sixteen = by_point["early", 2], by_point["sixteen", 2]
     assert early["valid_loss"] == valid_loss(10, 2) and early["trunk"] == sixteen["hash"]
     assert (early["transition_fraction"], early["qat_fraction"]) == (0.25, 0.75)
@@ -412,7 +413,7 @@ def test_rows_of_other_sweeps_stay_in_the_table(
     assert schedule_of(other).remaining() == []  # the same runs
     campaigns.collect(other)
     stored = read_table(tmp_path / "out")
-    assert len(stored) == 32 and {row["sweep"] for row in stored} == {"try", "other"}
+    assert len(stored) == 40 and {row["sweep"] for row in stored} == {"try", "other"}
     assert [row for row in stored if row["sweep"] == "try"] == rows
 
 
@@ -439,7 +440,7 @@ def test_verdicts_and_the_page(
     ]
     better, same, _, when = (judgement.interval for judgement in judgements)
     assert better.value == pytest.approx(-0.2, abs=0.01)  # though seeds lie .5 apart
-    assert better.high - better.low < 0.05 and same.num_seeds == 4
+    assert better.high - better.low < 0.05 and same.num_seeds == 5
     assert (when.value, when.low, when.high) == (0.25, 0.125, 0.375)
     assert any(line.startswith("  Early beats scratch: confirmed (-0.") for line in said)
     assert (figures / "try.svg").read_text().startswith("<?xml")
@@ -449,12 +450,13 @@ def test_verdicts_and_the_page(
     text = page.read_text()
     assert "| Early beats scratch | a paper | below 0 | valid_loss -0." in text
     assert "| Late is early | us | within ±0.05 |" in text
+    assert re.search(r"models of \S+k to \S+k parameters", text)
     assert "| Early is best | us | 0.1 to 0.4 | transition_fraction +0.25" in text
-    assert "![try](../images/try.svg)" in text and "16 finished cells of 16" in text
+    assert "![try](../images/try.svg)" in text and "20 finished cells of 20" in text
     # The command does the same, and trains nothing.
     arguments = ["sweep", str(tmp_path / "try.yaml"), "--out", str(tmp_path / "out"), "--report"]
     assert main([*arguments, "--claims", str(page)]) == 0
-    assert "16 of 16 cells" in capsys.readouterr().out
+    assert "20 of 20 cells" in capsys.readouterr().out
     # From the page's table alone, with all runs gone, the page and the figure come out the same.
     shutil.rmtree(tmp_path / "out")
     figure = (figures / "try.svg").read_bytes()
@@ -464,6 +466,38 @@ def test_verdicts_and_the_page(
     assert not (tmp_path / "out").exists()
     assert main([*arguments[:-5], "--table", str(page.with_suffix(".csv"))]) == 2
     assert "--table is for --report" in capsys.readouterr().err
+
+
+def test_seeds_that_are_missing_or_diverged_leave_no_verdict(
+    finished: tuple[Campaign, list[Row]],
+) -> None:
+    campaign, rows = finished
+    four = campaigns.judge_all(campaign, [row for row in rows if row["seed"] != 3])
+    assert {(j.verdict, len(j.seeds)) for j in four} == {("underpowered", 4)}
+    # Early is better where scratch did not diverge: those seeds alone would confirm it.
+    lost = [
+        {**row, "status": "diverged", "valid_loss": None}
+        if (row["label"], row["seed"]) == ("scratch", 3)
+        else row
+        for row in [*rows, *({**row, "seed": 9} for row in rows if row["seed"] == 0)]
+    ]
+    better, same, *_ = campaigns.judge_all(campaign, lost)
+    assert (better.verdict, len(better.seeds)) == ("underpowered", 5) and better.interval.high < 0
+    assert (same.verdict, len(same.seeds)) == ("confirmed", 6)
+    assert better.sentence.endswith("5 seeds, 95%; a cell diverged with seed 3).")
+    assert "**underpowered** (a cell diverged with seed 3) |" in _line(better)
+
+
+def test_a_best_point_at_the_edge_says_so(finished: tuple[Campaign, list[Row]]) -> None:
+    campaign, rows = finished
+    for label, place, beyond in (("late", 0.5, True), ("scratch", 0.0, False)):
+        moved = [
+            {**row, "valid_loss": row["valid_loss"] - 0.4 * (row["label"] == label)} for row in rows
+        ]
+        when = campaigns.judge_all(campaign, moved)[-1]
+        assert when.interval.value == place
+        assert ("the best may lie beyond" in when.sentence) == beyond
+    assert campaigns.judge_all(campaign, rows)[-1].note == ""
 
 
 def test_claims_wait_for_their_cells(make: Make, tmp_path: Path) -> None:
