@@ -121,7 +121,7 @@ def test_losses_without_a_lowest_point_are_no_evidence(
 ) -> None:
     rows = [row | {"valid_loss": loss(row["qat_fraction"])} for row in sweep_rows()]
     table = write_csv(tmp_path / "table.csv", rows)
-    with pytest.raises(DataError, match="no lowest point between the fractions 0.1 and 0.8"):
+    with pytest.raises(DataError, match=r"no lowest point between the fractions 0\.1 and 0\.8"):
         fit_table(table, "qat-fraction", resamples=20)
 
 

@@ -183,6 +183,12 @@ def test_settings_that_cannot_act_make_no_other_cell(write: Write) -> None:
         ({"grid": {"optim.lr": [1e-3, 0.001]}}, "two cells are named 'lr=0.001'"),
         ({"random": {"count": 1, "keys": {"optim.lr": {}}}}, "exactly one of uniform"),
         ({"random": {"count": 1, "keys": {"optim.lr": {"log_uniform": [0, 1]}}}}, "above 0"),
+        ({"random": {"count": 1, "keys": {"optim.lr": {"choice": []}}}}, "choice has no values"),
+        ({"random": {"count": 1, "keys": {"data.seed": {"integer": [5, 3]}}}}, "[5, 3]: the smal"),
+        ({"random": {"count": 1, "keys": {"optim.lr": {"uniform": [1, 0]}}}}, "comes first"),
+        ({"random": {"count": 2, "keys": {}}}, "random.keys"),
+        ({"seeds": {"values": []}}, "give one seed or more, each once"),
+        ({"seeds": {"values": [1, 2, 1]}}, "give one seed or more, each once"),
         ({"grid": {"optim.clip": [*range(101)], "optim.eps": [*range(100)]}}, "10,000 cells"),
     ],
 )
