@@ -13,7 +13,7 @@ from bitscale.recorder import format_duration
 from bitscale.sweep.expand import Cell, check_names, expand, sweep_paths
 from bitscale.sweep.provenance import provenance
 from bitscale.sweep.results import measure_cells, write_table
-from bitscale.sweep.schedule import Schedule
+from bitscale.sweep.schedule import GIB, Schedule
 from bitscale.sweep.spec import Sweep, read_sweep
 from bitscale.sweep.store import LOCK_NAME, Store, write_json
 from bitscale.sweep.trunks import Run, plan_runs
@@ -63,8 +63,11 @@ def sole_trainer(campaign: Campaign, *, enabled: bool = True) -> AbstractContext
     return run_lock.hold(campaign.store.root, enabled=enabled, name=LOCK_NAME, called="--out")
 
 
-def make_schedule(campaign: Campaign, launcher: Sequence[str] = ()) -> Schedule:
-    return Schedule(campaign.runs, campaign.store, provenance(), launcher)
+def make_schedule(
+    campaign: Campaign, launcher: Sequence[str] = (), disk_gib: float | None = None
+) -> Schedule:
+    disk_bytes = None if disk_gib is None else disk_gib * GIB
+    return Schedule(campaign.runs, campaign.store, provenance(), launcher, disk_bytes)
 
 
 def describe(campaign: Campaign, schedule: Schedule) -> list[str]:

@@ -5,18 +5,22 @@ OUT/runs/KEY/log.txt     what it printed
 OUT/runs/KEY/done.json   written last: how it ended
 OUT/sweeps/NAME.json     which runs belong to a sweep, as what
 OUT/RESULTS.parquet, .csv
+OUT/corpora.json         on which text the runs were trained
 OUT/sweep.lock           held by the command that trains here
 """
 
 import json
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bitscale import checkpoint, run_lock
 from bitscale.config import num_steps
+from bitscale.data.corpus import load_corpus
 from bitscale.errors import ConfigError
+from bitscale.plan.memory import state_bytes
 from bitscale.recorder import METRICS_NAME, read_lines
 from bitscale.sweep.trunks import Run
 
@@ -70,6 +74,31 @@ class Store(NamedTuple):
         path = self.log(key)
         return path.read_text(errors="replace").splitlines()[-lines:] if path.is_file() else []
 
+    def saved_bytes(self, key: str) -> int:
+        """That the checkpoints of a run take now."""
+        total = 0
+        for path in (self.run_dir(key) / "checkpoints").rglob("*"):
+            with suppress(FileNotFoundError):  # a job of an earlier command may delete them
+                total += path.stat().st_size
+        return total
+
+    def check_corpora(self, runs: Collection[Run]) -> None:
+        """Note the corpora of `runs`, before anything is trained.
+
+        Raises DataError for one that is not there, and ConfigError if another text lies where that
+        of earlier runs lay: they have the same hash, and are not the same runs.
+        """
+        path = self.root / "corpora.json"
+        known: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
+        for name in sorted({corpus.path for run in runs for corpus in run.cfg.data.corpora}):
+            fingerprint = load_corpus(name).fingerprint
+            if known.setdefault(name, fingerprint) != fingerprint:
+                raise ConfigError(
+                    f"{name} is not the corpus that the runs in {self.root} were trained on (its "
+                    "fingerprint differs); choose another --out, or prepare that one again"
+                )
+        write_json(path, known)
+
 
 def write_json(path: Path, content: object) -> None:
     """Whole or not at all."""
@@ -84,6 +113,15 @@ class Start(NamedTuple):
 
     resume: str | None  # as `bitscale train --resume` takes it
     allow_change: tuple[str, ...]
+
+
+def checkpoint_bytes(run: Run) -> int:
+    """Of one checkpoint of the run."""
+    m = run.cfg.model
+    if m.vocab_size is None:
+        corpus = load_corpus(run.cfg.data.corpora[0].path)
+        m = m.model_copy(update={"vocab_size": corpus.vocab_size})
+    return state_bytes(run.cfg.optim, m)
 
 
 def missing_saves(store: Store, run: Run, needed: Collection[int]) -> list[int]:

@@ -14,7 +14,8 @@ import yaml
 from bitscale import run_lock
 from bitscale.cli.main import main
 from bitscale.config import num_steps, parse_config, transition_step
-from bitscale.errors import ConfigError
+from bitscale.data.corpus import load_corpus
+from bitscale.errors import ConfigError, DataError
 from bitscale.fit.table import Row, read_table
 from bitscale.sweep import campaign as campaigns
 from bitscale.sweep.campaign import Campaign
@@ -22,7 +23,7 @@ from bitscale.sweep.claims import _line, write_claims
 from bitscale.sweep.commands import command_list
 from bitscale.sweep.progress import Progress
 from bitscale.sweep.results import measure_cells, write_table
-from bitscale.sweep.schedule import Schedule
+from bitscale.sweep.schedule import GIB, Schedule
 from bitscale.sweep.slurm import make_executor, run_slurm
 from bitscale.sweep.store import Store, write_json
 from bitscale.sweep.worker import FAILED, FAULT, OK, STOPPED, Task
@@ -159,6 +160,53 @@ def test_a_trunks_checkpoint_stays_as_long_as_somebody_begins_there(make: Make) 
     run_all(schedule, act)
     # sixteen; scratch; early; late: before the schedule hears of each end.
     assert left == [["10", "20", "40"], ["10", "20", "40"], ["10", "20", "40"], ["20", "40"]]
+
+
+CHECKPOINT_GIB = 12 * 18_848 / 2**30  # of the model of BASE: master and two moments in fp32
+
+
+def test_checkpoints_keep_within_the_disk_budget(make: Make) -> None:
+    """Eight runs want to begin; a second trunk waits until the first one's forks let it go."""
+    campaign = make()
+    budget = 9.5 * CHECKPOINT_GIB
+    schedule = Schedule(campaign.runs, campaign.store, {}, disk_bytes=budget * GIB)
+    assert 4 * len(schedule.runs) * 2 > 9.5  # they would not fit all at once
+    names = {cell.key: f"{cell.label} {cell.seed}" for cell in campaign.cells}
+    order, active = [], []
+    while True:
+        while (run := schedule.next_run()) is not None:
+            order.append(names[run.key])
+            active.append((run, schedule.begin(run)))
+        if not active:
+            break
+        # A trunk of two forks may take 2 + 4, another run 2.
+        assert sum(6 if run.is_trunk else 2 for run, _ in active) <= 9.5
+        run, task = active.pop(0)
+        code = pretend(task)
+        for meta in Path(task.directory).glob("checkpoints/*/meta.json"):
+            meta.write_bytes(b" " * round(CHECKPOINT_GIB * GIB))
+        schedule.end(run, code)
+        assert sum(map(schedule.store.saved_bytes, schedule.runs)) <= budget * GIB
+    assert schedule.remaining() == [] and len(order) == 16
+    assert order.index("sixteen 1") > order.index("early 0")
+    with pytest.raises(
+        ConfigError, match=r"--disk-gib .* is too little for a run that needs .*GiB"
+    ):
+        Schedule(make(arms=ARMS | {"new": {"transition.at.step": 30}}).runs, campaign.store, {},
+                 disk_bytes=4 * CHECKPOINT_GIB * GIB)  # fmt: skip
+
+
+def test_another_text_is_another_run(make: Make, corpus: Path) -> None:
+    campaign = make(set={"data.corpora": [{"path": str(corpus)}]}, seeds={"values": [0]})
+    campaign.store.check_corpora(campaign.runs)
+    campaign.store.check_corpora(campaign.runs)
+    known = campaign.store.root / "corpora.json"
+    assert json.loads(known.read_text()) == {str(corpus): load_corpus(corpus).fingerprint}
+    known.write_text(json.dumps({str(corpus): "f00"}))
+    with pytest.raises(ConfigError, match=r"is not the corpus that the runs in .*another --out"):
+        campaign.store.check_corpora(campaign.runs)
+    with pytest.raises(DataError, match="is not a prepared corpus"):
+        campaign.store.check_corpora(make().runs)
 
 
 def test_what_was_stopped_goes_on(make: Make) -> None:
