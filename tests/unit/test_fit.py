@@ -42,6 +42,27 @@ def test_planted_values_are_found_without_noise(name: str) -> None:
     assert fit.goodness.r_squared > 0.9999 and fit.goodness.residual_sd < 1e-3
 
 
+def test_formulas_as_the_papers_have_them() -> None:
+    """One point of each law by hand; recovery alone would find the values of any formula again."""
+    n, d, p = 1e6, 2e7, 4.0
+    chinchilla = 1.7 + 400 / n**0.42 + 410 / d**0.38
+    share = 1 - math.exp(-p / 1.5)
+    tokens_per_bit = d**0.38 / n**0.42 * math.log2(32) * 0.8
+    expected = {
+        "chinchilla": chinchilla,
+        "precision": 1.7 + 400 / (n * share) ** 0.42 + 410 / d**0.38,
+        "floating-point": chinchilla + tokens_per_bit / ((4 + 0.5) ** 2.0 * (3 + 0.5) ** 1.5),
+        "qid": 0.2 * d**0.5 / (n**0.25 * p**3),
+        "qat-loss": 2 + 100 / d**0.4 + 0.5 / 30**0.8 + 0.9 / (70**0.5 * 30**0.4),
+    }
+    point = {"parameters": n, "tokens": d, "weight_bits": p, "exponent_bits": 4.0,
+             "mantissa_bits": 3.0, "block_size": 32.0, "s_qat": 30.0, "s_fp": 70.0}  # fmt: skip
+    assert expected.keys() == LAWS.keys()
+    for name, law in LAWS.items():
+        columns = {key: np.array([point[key]]) for key in law.columns}
+        assert law.predict(columns, PLANTED[name]) == pytest.approx(expected[name]), name
+
+
 def test_intervals_hold_the_planted_values_as_often_as_they_say() -> None:
     """95% intervals of 5 values in 8 tables: 40 chances, which go together within a table."""
     law, columns = LAWS["chinchilla"], grid("chinchilla")

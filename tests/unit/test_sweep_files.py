@@ -295,6 +295,11 @@ def test_what_decides_the_first_steps_decides_who_shares(
         "model.sub_norm=transition",
         "quant.norm=layernorm",
         "quant.preset=paretoq",
+        "quant.gradient_bits=16",
+        "quant.kernel=auto",
+        "optim.clip=0.5",
+        "optim.betas=[0.9, 0.99]",
+        "optim.eps=1e-6",
         "engine.num_threads=2",
         "transition.weight_decay_off_at.step=40",
     ):

@@ -2,7 +2,10 @@
 
 import json
 import re
+import shlex
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from bitscale import run_lock
+from bitscale import guard, run_lock
 from bitscale.cli.main import main
 from bitscale.config import num_steps, parse_config, transition_step
 from bitscale.data.corpus import load_corpus
@@ -26,7 +29,7 @@ from bitscale.sweep.results import measure_cells, write_table
 from bitscale.sweep.schedule import GIB, Schedule
 from bitscale.sweep.slurm import make_executor, run_slurm
 from bitscale.sweep.store import Store, write_json
-from bitscale.sweep.worker import FAILED, FAULT, OK, STOPPED, Task
+from bitscale.sweep.worker import FAILED, FAULT, OK, STOPPED, Task, run_task
 
 pytestmark = pytest.mark.unit
 
@@ -420,6 +423,38 @@ def test_progress_says_how_far_it_is(make: Make) -> None:
         "[3/4] try: early, seed 0",
         "[4/4] try: late, seed 0",
     ]
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "error", "meaning", "status"),
+    [
+        (1, "fault", FAULT, "diverged"),  # of torchrun, which adds a traceback of its own
+        (1, "error: corpus is not a prepared corpus", FAILED, None),
+        (1, "", FAILED, None),
+        (2, "error: corpus is not a prepared corpus", 2, None),
+        (75, "", STOPPED, None),
+        (0, "", OK, "finished"),
+    ],
+)
+def test_what_a_launcher_ends_with(
+    exit_code: int, error: str, meaning: int, status: str | None, make: Make
+) -> None:
+    campaign = make(seeds={"values": [0]})
+    task = schedule_of(campaign).begin(campaign.runs[0])
+    directory = Path(task.directory)
+    directory.mkdir(parents=True)
+    (directory / "log.txt").write_text("error: loss is nan at another attempt\n")
+    if error == "fault":
+        problem = guard.Fault(3, "loss is nan and the gradient norm 1 at step 3", is_finite=False)
+        error = f"error: {guard.error_for(problem)}"
+    script = f"import sys; print({error!r}, 'Traceback of the launcher', sep='\\n'); "
+    shell = shlex.join([sys.executable, "-c", f"{script}sys.exit({exit_code})"])
+    launcher = ("/bin/sh", "-c", f"{shell} >> {shlex.quote(str(directory / 'log.txt'))}")
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_task(task._replace(launcher=launcher)) == meaning
+    signal.signal(signal.SIGTERM, before)
+    done = campaign.store.done(task.key)
+    assert (done and done["status"]) == status
 
 
 # Results
