@@ -18,7 +18,8 @@ Each sweep file states its claims, with the predicted direction and the margin t
 before its cells are trained. A figure is the mean over seeds of a paired difference, with
 Student's 95% interval (for a best point: the point of the lowest mean loss, and the range that it
 takes in 2,000 resamplings of the seeds, half-way to the neighbouring points). Nothing is corrected
-for the number of claims.
+for the number of claims: of those on a sign, 1 in 20 is called confirmed or contradicted where
+there is no effect at all.
 
 - **confirmed**: the interval lies on the predicted side of 0 (for *no difference*: within the
   margin; for a best point: within the predicted range).

@@ -63,8 +63,9 @@ def run_local(schedule: Schedule, progress: Progress, workers: int) -> bool:
                 progress.say("stopping: the runs save and end; the same command goes on")
                 for _, process in active.values():
                     process.terminate()
-            if not active:
+            if not active and (stop.requested or not schedule.elsewhere):
                 return not stop.requested
+            progress.wait_for_others()
             connection.wait([p.sentinel for _, p in active.values()], timeout=_POLL_SECONDS)
             for key, (run, process) in list(active.items()):
                 if process.exitcode is not None:

@@ -42,7 +42,6 @@ def run_slurm(
     """
     schedule.prune()
     active: dict[str, tuple[Run, Any]] = {}
-    told: set[str] = set()
     while True:
         ready = []
         while (run := schedule.next_run()) is not None:
@@ -55,9 +54,7 @@ def run_slurm(
             progress.say(f"submitted {len(jobs)} jobs: {jobs[0].job_id} to {jobs[-1].job_id}")
         if not active and not schedule.elsewhere:
             return True
-        if schedule.elsewhere - told:
-            told |= schedule.elsewhere
-            progress.say(f"waiting for {len(told)} jobs of an earlier command")
+        progress.wait_for_others()
         ended = [(run, job) for run, job in active.values() if job.done()]
         for run, job in ended:
             del active[run.key]

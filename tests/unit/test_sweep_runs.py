@@ -24,6 +24,7 @@ from bitscale.sweep import campaign as campaigns
 from bitscale.sweep.campaign import Campaign
 from bitscale.sweep.claims import _line, write_claims
 from bitscale.sweep.commands import command_list
+from bitscale.sweep.local import run_local
 from bitscale.sweep.progress import Progress
 from bitscale.sweep.results import measure_cells, write_table
 from bitscale.sweep.schedule import GIB, Schedule
@@ -312,8 +313,15 @@ def test_a_job_of_an_earlier_command_is_left_alone(
     schedule, executor = schedule_of(campaign), _Executor()
     schedule.done.clear()
     run_slurm(schedule, Progress(schedule, campaign.names, write=lines.append), executor, 0.0)
-    assert executor.arrays == [1] and "waiting for 1 jobs of an earlier command" in lines
-    assert waits == []
+    waiting = [line for line in lines if "another job trains it; waiting for that" in line]
+    assert executor.arrays == [1] and waits == []
+    assert len(waiting) == 1 and f"sixteen, seed 0 ({task.key})" in waiting[0]
+    # So does the local one, though it finds nothing to do meanwhile.
+    waits += [True, False]
+    schedule = schedule_of(campaign)
+    schedule.done.discard(task.key)
+    assert run_local(schedule, Progress(schedule, campaign.names, write=lines.append), 1)
+    assert waits == [] and schedule.remaining() == []
 
 
 def test_a_stop_is_no_failure(make: Make) -> None:
