@@ -47,11 +47,11 @@ def test_formulas_as_the_papers_have_them() -> None:
     n, d, p = 1e6, 2e7, 4.0
     chinchilla = 1.7 + 400 / n**0.42 + 410 / d**0.38
     share = 1 - math.exp(-p / 1.5)
-    tokens_per_bit = d**0.38 / n**0.42 * math.log2(32) * 0.8
+    penalty = d**0.38 / n**0.42 * math.log2(32) * 0.8
     expected = {
         "chinchilla": chinchilla,
         "precision": 1.7 + 400 / (n * share) ** 0.42 + 410 / d**0.38,
-        "floating-point": chinchilla + tokens_per_bit / ((4 + 0.5) ** 2.0 * (3 + 0.5) ** 1.5),
+        "floating-point": chinchilla + penalty / ((4 + 0.5) ** 2.0 * (3 + 0.5) ** 1.5),
         "qid": 0.2 * d**0.5 / (n**0.25 * p**3),
         "qat-loss": 2 + 100 / d**0.4 + 0.5 / 30**0.8 + 0.9 / (70**0.5 * 30**0.4),
     }

@@ -691,3 +691,6 @@ def test_wrong_slurm_parameter(
     assert "--slurm 'timeout' is not of the form NAME=VALUE" in capsys.readouterr().err
     assert main([*arguments, "--workers", "0"]) == 2
     assert "--workers 0 trains nothing; give 1 or more" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*arguments, "--disk-gib", "0"])
+    assert "--disk-gib: 0 is not above 0" in capsys.readouterr().err
