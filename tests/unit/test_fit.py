@@ -343,9 +343,9 @@ def test_a_recommended_configuration_is_sound(parameters: float) -> None:
     count = cost.parameters(found.cfg.model).total
     assert count == pytest.approx(parameters, rel=0.2)
     assert cost.parameters(found.cfg.model).matrices > 0.6 * count
-    expected = 1 - best_fraction(20 / (math.log2(3) / 8))
+    expected = 1 - best_fraction(20 * parameters / (count * math.log2(3) / 8))
     assert found.cfg.transition.at is not None
-    assert found.cfg.transition.at.fraction == pytest.approx(expected, abs=0.02)
+    assert found.cfg.transition.at.fraction == pytest.approx(expected, abs=1e-4)
     assert found.fraction.low < found.fraction.value < found.fraction.high
     small = parameters < 86e6 or parameters > 2.2e9
     assert any(note.startswith("EXTRAPOLATED") for note in found.notes) == small

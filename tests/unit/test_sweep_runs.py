@@ -94,9 +94,9 @@ def pretend(task: Task, *, until: int | None = None) -> int:
     lines: list[dict[str, Any]] = [{"kind": "event", "event": "start", "step": first, "tokens": 0}]
     for step in range(first + 1, last + 1):
         ternary = start is not None and step > start
-        loss = (
-            5.0 - 0.01 * step + (0.4 if ternary and start is not None and step < start + 5 else 0)
-        )
+        loss = 5.0 - 0.01 * step
+        if ternary and start is not None and step < start + 5:  # .5, .3, .5, .3
+            loss += 0.4 - 0.1 * (-1) ** (step - start)
         lines.append({"kind": "train", "step": step, "tokens": 128 * step, "loss": loss, "lr": 1e-3,
                       "weight_decay": 0.1, "lambda_weight": float(ternary),
                       "lambda_activation": float(ternary), "grad_norm": 1.0})  # fmt: skip
