@@ -20,10 +20,13 @@ LOCK_NAME = "run.lock"
 
 
 @contextmanager
-def hold(run_dir: Path, *, enabled: bool = True, name: str = LOCK_NAME) -> Iterator[None]:
+def hold(
+    run_dir: Path, *, enabled: bool = True, name: str = LOCK_NAME, called: str = "run.dir"
+) -> Iterator[None]:
     """Hold `run_dir`, which is made if it is not there (rank 0 only; the others pass False).
 
-    `name` is the lock's file: a supervisor has one of its own beside the run's.
+    `name` is the lock's file: a supervisor has one of its own beside the run's. `called` is what
+    messages call the directory.
 
     Raises ConfigError if another process holds it, or if it is not writable. A file system without
     flock (Lustre mounted without `-o flock`) is said on stderr and nothing is held.
@@ -36,15 +39,15 @@ def hold(run_dir: Path, *, enabled: bool = True, name: str = LOCK_NAME) -> Itera
         run_dir.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")  # closed on exec: no child can keep the lock
     except OSError as error:
-        raise ConfigError(f"run.dir={str(run_dir)!r} is not writable: {error}") from error
+        raise ConfigError(f"{called}={str(run_dir)!r} is not writable: {error}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise ConfigError(
-                f"run.dir={str(run_dir)!r} is in use by {_holder(file.read())}; wait for it, stop "
-                "it, or choose another run.dir"
+                f"{called}={str(run_dir)!r} is in use by {_holder(file.read())}; wait for it, stop "
+                f"it, or choose another {called}"
             ) from None
         except OSError as error:
             print(
@@ -57,6 +60,18 @@ def hold(run_dir: Path, *, enabled: bool = True, name: str = LOCK_NAME) -> Itera
         file.write(json.dumps(_about_us()) + "\n")
         file.flush()
         yield
+
+
+def is_held(run_dir: Path, *, name: str = LOCK_NAME) -> bool:
+    """Whether a process holds `run_dir` now, as far as the file system says. Nothing is made."""
+    try:
+        with (run_dir / name).open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock file, or a file system without flock
+        return False
+    return False
 
 
 def _about_us() -> dict[str, str | int]:

@@ -3,13 +3,14 @@
 #
 #   launch/reproduce.sh [--scale small|h200] [--corpus PATH] [--workers N]
 #
-# PATH is a file or a folder of text; without it, the documentation of the running Python. Interrupt
-# it when you like: the same command goes on. Runs are in runs/reproduce, the page and its figures in
+# PATH is a file or a folder of text; without it, what was prepared before, or else the documentation
+# of the running Python. Interrupt it when you like: the same command goes on. Runs are in runs/reproduce, the page and its figures in
 # docs/results (small scale) or runs/reproduce-h200.
 set -euo pipefail
 
 usage="usage: launch/reproduce.sh [--scale small|h200] [--corpus PATH] [--workers N]"
 corpus=builtin:python-docs
+corpus_given=
 scale=small
 workers=()
 while (($# > 0)); do
@@ -18,7 +19,7 @@ while (($# > 0)); do
     exit 2
   fi
   case $1 in
-    --corpus) corpus=$2 ;;
+    --corpus) corpus=$2 corpus_given=1 ;;
     --scale) scale=$2 ;;
     --workers) workers=(--workers "$2") ;;
     *)
@@ -57,7 +58,8 @@ case $scale in
     ;;
 esac
 
-if [[ ! -f $out/corpus/corpus.json ]]; then
+# Another text than before is an error there, and the same text done at once.
+if [[ -n $corpus_given || ! -f $out/corpus/corpus.json ]]; then
   bitscale prepare "$corpus" --out "$out/corpus" --vocab-size "$vocab" --split 0.97,0.03,0
 fi
 exec bitscale sweep configs/sweeps "${scaled[@]}" --out "$out" "${workers[@]}" \

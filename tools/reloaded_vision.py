@@ -1,6 +1,6 @@
 """The recipe reloaded-vision: small image classifiers in fp32, b158 and absmedian, on digits.
 
-    python tools/reloaded_vision.py --seeds 5
+    python tools/reloaded_vision.py          (configs/recipes/reloaded-vision/settings.yaml)
     python tools/reloaded_vision.py --models mlp --lr 1e-2 1e-3 1e-4 --weight-decay 0 1e-2
 
 BitNet b1.58 Reloaded (arXiv:2407.09527) finds that small vision models of the same size lose
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bitscale.config import read_yaml
 from bitscale.model.bitlinear import set_strength
 from bitscale.model.bitlinearize import bitlinearize
 from bitscale.quant.schedule import TERNARY
@@ -34,6 +35,7 @@ from provenance import provenance
 
 QUANTIZERS = ("fp32", "b158", "absmedian")
 TEST_SHARE = 0.25
+SETTINGS = Path(__file__).parents[1] / "configs/recipes/reloaded-vision/settings.yaml"
 
 
 class Images(NamedTuple):
@@ -156,13 +158,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=("mlp", "cnn"), default=["mlp", "cnn"])
-    parser.add_argument("--widths", nargs="+", type=int, default=[64, 128])
-    parser.add_argument("--lr", nargs="+", type=float, default=[3e-3])
-    parser.add_argument("--weight-decay", nargs="+", type=float, default=[1e-2])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--models", nargs="+", choices=("mlp", "cnn"))
+    parser.add_argument("--widths", nargs="+", type=int)
+    parser.add_argument("--lr", nargs="+", type=float)
+    parser.add_argument("--weight-decay", nargs="+", type=float)
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--batch-size", type=int)
+    parser.set_defaults(**read_yaml(SETTINGS))
     parser.add_argument("--json", type=Path, help="also write figures and provenance there")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -24,7 +24,8 @@ examples:
   bitscale sweep mine.yaml --backend print > commands.sh
 
 Stop it when you like: the same command goes on, and does nothing for what is finished.
-exit codes: 0 done; 1 a cell failed twice; 2 bad input; 75 stopped by SIGTERM or Ctrl-C
+exit codes: 0 done; 1 a cell failed twice, or could not begin; 2 bad input; 75 stopped by SIGTERM
+or Ctrl-C
 """
 
 
@@ -47,6 +48,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
                         help="runs and results (default: runs/sweeps)")  # fmt: skip
     parser.add_argument("--over", type=Path, metavar="FILE.yaml", help="goes over every base")
     parser.add_argument("--workers", type=int, metavar="N", help="runs at once (default: cores)")
+    parser.add_argument("--disk-gib", type=_positive, metavar="N",
+                        help="what all checkpoints may take at once")  # fmt: skip
     parser.add_argument("--backend", choices=("local", "slurm", "print"), default="local")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained")
     parser.add_argument(
@@ -72,6 +75,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(run=run, overrides=[])
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def run(args: argparse.Namespace) -> int:
     import shlex
 
@@ -85,7 +95,17 @@ def run(args: argparse.Namespace) -> int:
     paths = [Path(item) for item in args.items if "=" not in item]
     overrides = [item for item in args.items if "=" in item] + args.overrides
     campaign = campaigns.plan(paths, overrides, args.out, args.over)
-    schedule = campaigns.make_schedule(campaign, shlex.split(args.launcher))
+    trains = not (args.dry_run or args.report or args.backend == "print")
+    with campaigns.sole_trainer(campaign, enabled=trains):
+        schedule = campaigns.make_schedule(campaign, shlex.split(args.launcher), args.disk_gib)
+        return _run(args, campaign, schedule)
+
+
+def _run(args: argparse.Namespace, campaign: "Campaign", schedule: "Schedule") -> int:
+    import shlex
+
+    from bitscale.sweep import campaign as campaigns
+
     for line in campaigns.describe(campaign, schedule):
         print(line, file=sys.stderr if args.backend == "print" else sys.stdout, flush=True)
     if args.dry_run:
@@ -98,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     whole = args.report or _train(args, campaign, schedule)
     _report(args, campaign)
+    if args.report:
+        return 0
     return _conclude(campaign, schedule) if whole else EXIT_PREEMPTED
 
 
@@ -109,9 +131,11 @@ def _train(args: argparse.Namespace, campaign: "Campaign", schedule: "Schedule")
         from bitscale.sweep.slurm import make_executor, run_slurm
 
         executor = make_executor(args.out, args.cluster, _parameters(args.slurm))
+        campaign.store.check_corpora(schedule.remaining())
         return run_slurm(schedule, progress, executor)
     from bitscale.sweep.local import default_workers, run_local
 
+    campaign.store.check_corpora(schedule.remaining())
     return run_local(schedule, progress, args.workers or default_workers())
 
 
@@ -138,7 +162,12 @@ def _conclude(campaign: "Campaign", schedule: "Schedule") -> int:
         print("\n".join(f"    {line}" for line in lines), file=sys.stderr)
     for run in schedule.blocked():
         print(f"not begun, its trunk failed: {names[run.key]}", file=sys.stderr)
-    return EXIT_FAILURE if schedule.failed else 0
+    for run in schedule.not_begun():
+        why = "it waits for a checkpoint, which the same command trains again, or for --disk-gib"
+        if run.key in schedule.elsewhere:
+            why = "another job trains it; when that has ended, the same command goes on"
+        print(f"not done: {names[run.key]} ({run.key}): {why}", file=sys.stderr)
+    return EXIT_FAILURE if schedule.failed or schedule.not_begun() else 0
 
 
 def _parameters(texts: list[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Verdict = Literal["confirmed", "contradicted", "not seen", "underpowered"]
-MIN_SEEDS = 3  # below, an interval says nothing
+MIN_SEEDS = 5  # below, there is no verdict
 
 
 class Interval(NamedTuple):

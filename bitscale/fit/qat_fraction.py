@@ -62,7 +62,8 @@ def fit_fraction(
 ) -> FractionFit:
     """Estimate a from rows (S, f, loss); intervals by resampling seeds (rows with few seeds).
 
-    Raises DataError without two fractions in one budget and four in all.
+    Raises DataError without two fractions in one budget and four in all, and for losses that have
+    no lowest point: they only fall, or only rise, with the fraction, or are lowest at both ends.
     """
     budgets = np.unique(s)
     pairs = {(float(x), float(f)) for x, f in zip(s, fraction, strict=True)}
@@ -78,6 +79,12 @@ def fit_fraction(
     # Which row belongs to which resampled unit: a resampling is a weight for every row.
     unit = np.searchsorted(names, numbers) if by_seed else np.arange(len(s))
     best = _minimize(s, fraction, loss, np.ones(len(s)))
+    if not _has_lowest_point(best):
+        raise DataError(
+            "law 'qat-fraction': the losses have no lowest point between the fractions "
+            f"{fraction.min():g} and {fraction.max():g}, so that the best fraction lies beyond, or "
+            "nowhere; run smaller or larger fractions"
+        )
     draws: list[_Parabolas] = []
     while len(draws) < resamples:
         count = int(unit.max()) + 1
@@ -103,10 +110,25 @@ def fit_fraction(
     )
 
 
+def beyond_what_was_run(s: Floats, fraction: Floats, a: float) -> dict[float, tuple[float, float]]:
+    """Budgets S whose best fraction lies outside the fractions run there, with these: (S: ends)."""
+    found = {}
+    for budget in np.unique(s):
+        low, high = float(fraction[s == budget].min()), float(fraction[s == budget].max())
+        if not low <= best_fraction(float(budget), a) <= high:
+            found[float(budget)] = (low, high)
+    return found
+
+
 class _Parabolas(NamedTuple):
     a: float
     curvature: float
     predicted: Floats
+
+
+def _has_lowest_point(fit: _Parabolas) -> bool:
+    """False at an end of the grid of a, which stands for all values beyond, and without a curve."""
+    return bool(_GRID_A[0] < fit.a < _GRID_A[-1]) and fit.curvature > 0
 
 
 def _minimize(s: Floats, fraction: Floats, loss: Floats, weights: Floats) -> _Parabolas:

@@ -36,7 +36,8 @@ class Evidence(NamedTuple):
     name: str
     a: Estimate
     parameters: tuple[float, float]  # of the runs
-    s: tuple[float, float] | None  # tokens per parameter-byte of the runs, if known
+    s: tuple[float, float]  # tokens per parameter-byte of the runs
+    fractions: tuple[float, float]  # QAT fractions of the runs
 
 
 class Recommendation(NamedTuple):
@@ -56,11 +57,13 @@ def read_evidence(path: Path) -> Evidence:
         tree = json.loads(path.read_text(encoding="utf-8"))
         low, high = tree["range"]["parameters"]
         s_low, s_high = tree["range"]["tokens_per_parameter_byte"]
+        f_low, f_high = tree["range"]["fraction"]
         return Evidence(
             f"{path} ({tree['rows']} runs)",
             Estimate(**tree["values"]["a"]),
             (float(low), float(high)),
             (float(s_low), float(s_high)),
+            (float(f_low), float(f_high)),
         )
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); name a fit's JSON") from None
@@ -105,7 +108,7 @@ def recommend(
         _tree(model, tokens, batch, length, steps, lr, fraction.value, corpus, run_dir),
         where="the recommended configuration",
     )
-    return Recommendation(cfg, fraction, tuple(_notes(count, tokens, s, fraction, evidence, lr)))
+    return Recommendation(cfg, fraction, tuple(_notes(cfg, count, tokens, s, fraction, evidence)))
 
 
 def _fraction(s: float, evidence: Evidence | None) -> Estimate:
@@ -200,8 +203,10 @@ def _tree(
 
 
 def _notes(
-    count: int, tokens: float, s: float, fraction: Estimate, evidence: Evidence | None, lr: float
+    cfg: Config, count: int, tokens: float, s: float, fraction: Estimate, evidence: Evidence | None
 ) -> list[str]:
+    ramp = cfg.transition.ramp.over.fraction
+    assert ramp is not None
     switch = 1 - fraction.value
     of = "the paper's constant" if evidence is None else evidence.name
     interval = (
@@ -216,19 +221,19 @@ def _notes(
         f"{1 - fraction.low:.2f}] ({interval}): the best QAT fraction of {SOURCE},",
         f"  f* = exp(-a / ln S), with {of}"
         f" (a = {PAPER_A if evidence is None else evidence.a.value:.3g}).",
-        *_extrapolation(count, s, evidence),
+        *_extrapolation(count, s, fraction.value, evidence),
         "Another answer: arXiv:2502.11895 reports a gain from a switch at 0.2 (2,000 of 10,000 "
         "steps, 1B parameters);",
         "  docs/results/seed-claims.md has our own comparison of points, at small scale.",
-        "Ramp: linear over 2% of the tokens, Adam's state kept: lowers the loss spike "
+        f"Ramp: linear over {ramp:.1%} of the tokens, Adam's state kept: lowers the loss spike "
         "(docs/results/optimizer-state.md, 5 seeds, 1M parameters).",
-        f"Learning rate {lr:g} and batch: arXiv:2401.02954 (16 bit, 1e17 to 2e19 FLOPs), not tuned "
-        "for ternary. Its decay begins no earlier than the switch.",
+        f"Learning rate {cfg.optim.lr:g} and batch: arXiv:2401.02954 (16 bit, 1e17 to 2e19 FLOPs), "
+        "not tuned for ternary. Its decay begins no earlier than the switch.",
         "Shape: depth 0.5 to 0.8 sqrt(width), feed-forward 8/3 widths: our choice.",
     ]
 
 
-def _extrapolation(count: int, s: float, evidence: Evidence | None) -> list[str]:
+def _extrapolation(count: int, s: float, fraction: float, evidence: Evidence | None) -> list[str]:
     """Warnings where the evidence does not reach."""
     low, high = _PAPER_PARAMETERS if evidence is None else evidence.parameters
     lines = []
@@ -238,12 +243,18 @@ def _extrapolation(count: int, s: float, evidence: Evidence | None) -> list[str]
             f"EXTRAPOLATED: the runs behind it have {low:.3g} to {high:.3g} parameters, this has "
             f"{factor:.3g} times {'fewer' if count < low else 'more'}."
         )
-    if evidence is not None and evidence.s is not None:
+    if evidence is not None:
         s_low, s_high = evidence.s
+        f_low, f_high = evidence.fractions
         if not s_low <= s <= s_high:
             lines.append(
                 f"EXTRAPOLATED: its runs have {s_low:.3g} to {s_high:.3g} tokens a parameter-byte, "
                 f"this has {s:.3g}."
+            )
+        if not f_low <= fraction <= f_high:
+            lines.append(
+                f"EXTRAPOLATED: its runs have QAT fractions of {f_low:.2f} to {f_high:.2f}, this "
+                f"is {fraction:.2f}."
             )
     if evidence is None:
         lines.append(

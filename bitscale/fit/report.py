@@ -162,6 +162,7 @@ def _fraction(rows: Sequence[Row], resamples: int) -> Report:
     fit = qat_fraction.fit_fraction(
         s, columns["qat_fraction"], columns["valid_loss"], seeds, resamples=resamples
     )
+    outside = qat_fraction.beyond_what_was_run(s, columns["qat_fraction"], fit.a.value)
     tree: dict[str, Any] = {
         "law": "qat-fraction",
         "formula": qat_fraction.FORMULA,
@@ -185,6 +186,11 @@ def _fraction(rows: Sequence[Row], resamples: int) -> Report:
             "tokens_per_parameter_byte": _range(s),
             "fraction": _range(columns["qat_fraction"]),
         },
+        "warnings": [
+            f"at {budget:.3g} tokens per parameter-byte the best fraction lies outside the "
+            f"fractions run, {low:.2f} to {high:.2f}: extrapolated"
+            for budget, (low, high) in outside.items()
+        ],
         "goodness": _plain(fit.goodness),
         "bootstrap": fit.bootstrap,
     }
@@ -287,6 +293,7 @@ def show(report: Report) -> list[str]:
             f"loss at {budget['best_fraction_run']:.2f}; the paper's law says "
             f"{budget['best_fraction_by_the_paper']:.2f}"
         )
+    lines += [f"  WARNING: {warning}" for warning in tree.get("warnings", [])]
     share = tree.get("effective_parameters_of_ternary")
     if share:
         lines.append(

@@ -11,7 +11,7 @@ The engine's parts follow DeepSpeed 0.19.8 with our settings (fp32 accumulation 
 
 from dataclasses import dataclass
 
-from bitscale.config import moments_of, packs_codes
+from bitscale.config import ModelConfig, OptimConfig, moments_of, packs_codes
 from bitscale.model import cost
 from bitscale.model.cost import Phase
 from bitscale.plan.layout import Layout, Stage, zero_option
@@ -140,8 +140,13 @@ def memory(layout: Layout, stage: Stage, phase: Phase) -> Memory:
 
 def checkpoint_bytes(layout: Layout) -> int:
     """Of one checkpoint of ours: fp32 master and moments of every parameter, once."""
-    kinds = ("master", *moments_of(layout.cfg.optim))
-    return 4 * len(kinds) * cost.parameters(layout.cfg.model).total
+    return state_bytes(layout.cfg.optim, layout.cfg.model)
+
+
+def state_bytes(optim: OptimConfig, m: ModelConfig) -> int:
+    """The same, of no particular cluster; `m` with its vocabulary."""
+    kinds = ("master", *moments_of(optim))
+    return 4 * len(kinds) * cost.parameters(m).total
 
 
 def persistent_elements(layout: Layout, stage: Stage, phase: Phase) -> int:

@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bitscale import run_lock
 from bitscale.config import num_steps
 from bitscale.fit.table import Row
 from bitscale.recorder import format_duration
 from bitscale.sweep.expand import Cell, check_names, expand, sweep_paths
 from bitscale.sweep.provenance import provenance
 from bitscale.sweep.results import measure_cells, write_table
-from bitscale.sweep.schedule import Schedule
+from bitscale.sweep.schedule import GIB, Schedule
 from bitscale.sweep.spec import Sweep, read_sweep
-from bitscale.sweep.store import Store, write_json
+from bitscale.sweep.store import LOCK_NAME, Store, write_json
 from bitscale.sweep.trunks import Run, plan_runs
 from bitscale.sweep.verdict import Judgement, judge
 
@@ -53,8 +55,19 @@ def plan(
     return Campaign(tuple(sweeps), tuple(cells), tuple(plan_runs(cells)), Store(out))
 
 
-def make_schedule(campaign: Campaign, launcher: Sequence[str] = ()) -> Schedule:
-    return Schedule(campaign.runs, campaign.store, provenance(), launcher)
+def sole_trainer(campaign: Campaign, *, enabled: bool = True) -> AbstractContextManager[None]:
+    """While it is entered, no other command trains in the directory.
+
+    Two would delete each other's checkpoints. Raises ConfigError if another is at it.
+    """
+    return run_lock.hold(campaign.store.root, enabled=enabled, name=LOCK_NAME, called="--out")
+
+
+def make_schedule(
+    campaign: Campaign, launcher: Sequence[str] = (), disk_gib: float | None = None
+) -> Schedule:
+    disk_bytes = None if disk_gib is None else disk_gib * GIB
+    return Schedule(campaign.runs, campaign.store, provenance(), launcher, disk_bytes)
 
 
 def describe(campaign: Campaign, schedule: Schedule) -> list[str]:

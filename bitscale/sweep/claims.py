@@ -4,29 +4,30 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from bitscale.fit.paired import MIN_SEEDS
 from bitscale.fit.table import Row
 from bitscale.recorder import format_count, format_duration
 from bitscale.sweep.campaign import Campaign
 from bitscale.sweep.results import write_csv
 from bitscale.sweep.verdict import Judgement
 
-_RULES = """\
+_RULES = f"""\
 ## Rules
 
 Each sweep file states its claims, with the predicted direction and the margin that would matter,
 before its cells are trained. A figure is the mean over seeds of a paired difference, with
 Student's 95% interval (for a best point: the point of the lowest mean loss, and the range that it
 takes in 2,000 resamplings of the seeds, half-way to the neighbouring points). Nothing is corrected
-for the number of claims.
+for the number of claims: of those on a sign, 1 in 20 is called confirmed or contradicted where
+there is no effect at all.
 
 - **confirmed**: the interval lies on the predicted side of 0 (for *no difference*: within the
   margin; for a best point: within the predicted range).
 - **contradicted**: it lies on the other side (beyond the margin; outside the range).
 - **not seen**: it holds 0 and stays within the margin: an effect that matters would have shown.
-- **underpowered**: it holds 0 and reaches beyond the margin, or fewer than 3 seeds have finished.
-
-These are models of a few hundred thousand parameters: the table says whether an effect exists at
-this size, not how large it is at another.
+- **underpowered**: it holds 0 and reaches beyond the margin (for *no difference* and *at most*: it
+  crosses the margin; for a best point: an end of the range), or fewer than {MIN_SEEDS} seeds have
+  finished, or a cell diverged: the seeds in which it did not are no fair sample.
 """
 
 
@@ -38,11 +39,11 @@ def write_claims(
     figures: Path,
 ) -> None:
     """Write the page to `path`, with relative links to the figures, and its table beside it."""
-    lines = ["# The claims of the seeds, at small scale", "", *_head(campaign, rows), ""]
+    lines = ["# The claims of the seeds", "", *_head(campaign, rows), ""]
     lines += ["| claim | source | predicted | our figure | seeds | tokens | verdict |"]
     lines += ["|---|---|---|---|---|---|---|"]
     lines += [_line(judgement) for judgement in judgements]
-    lines += ["", _RULES]
+    lines += ["", _RULES, *_size(rows), ""]
     for sweep in campaign.sweeps:
         lines += [f"## {sweep.spec.title or sweep.name}", ""]
         lines += [f"`{sweep.path}`. {_counts(sweep.name, rows)}", ""]
@@ -70,6 +71,14 @@ def _head(campaign: Campaign, rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def _size(rows: Sequence[Row]) -> list[str]:
+    smallest, largest = (format_count(f(row["parameters"] for row in rows)) for f in (min, max))
+    return [
+        f"These are models of {smallest} to {largest} parameters: the table says whether an effect",
+        "exists at this size, not how large it is at another.",
+    ]
+
+
 def _line(judgement: Judgement) -> str:
     claim = judgement.claim
     if not isinstance(claim.predicted, str):
@@ -91,7 +100,7 @@ def _line(judgement: Judgement) -> str:
         figure,
         str(len(judgement.seeds)),
         tokens,
-        f"**{judgement.verdict}**",
+        f"**{judgement.verdict}**" + (f" ({judgement.note})" if judgement.note else ""),
     )
     return f"| {' | '.join(field.replace('|', '/') for field in fields)} |"
 

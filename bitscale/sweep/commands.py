@@ -18,7 +18,8 @@ def command_list(schedule: Schedule, launcher: Sequence[str] = ("python",)) -> l
     # Trunks never begin at other runs: two waves.
     for run in sorted(schedule.remaining(), key=lambda run: run.fork is not None):
         directory = str(schedule.store.run_dir(run.key))
-        resume = "auto" if run.fork is None else str(schedule.store.checkpoint(*run.fork))
+        begun = run.fork is None or schedule.has_own(run)
+        resume = "auto" if begun else str(schedule.store.checkpoint(*run.fork))  # type: ignore[misc]
         trunk = None if run.fork is None else schedule.runs[run.fork.trunk]
         other = trunk is not None and trunk.cfg.quant != run.cfg.quant
         tree = to_tree(run_config(run, directory))

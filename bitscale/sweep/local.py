@@ -44,6 +44,7 @@ def run_local(schedule: Schedule, progress: Progress, workers: int) -> bool:
         context.set_forkserver_preload(PRELOAD_ON_CPU)
     else:  # DeepSpeed would look for the GPU, which a fork must not share
         context.set_forkserver_preload(PRELOAD)
+    schedule.prune()
     stop = _Stop()
     active: dict[str, tuple[Run, ForkServerProcess]] = {}
     told = False
@@ -62,8 +63,9 @@ def run_local(schedule: Schedule, progress: Progress, workers: int) -> bool:
                 progress.say("stopping: the runs save and end; the same command goes on")
                 for _, process in active.values():
                     process.terminate()
-            if not active:
+            if not active and (stop.requested or not schedule.elsewhere):
                 return not stop.requested
+            progress.wait_for_others()
             connection.wait([p.sentinel for _, p in active.values()], timeout=_POLL_SECONDS)
             for key, (run, process) in list(active.items()):
                 if process.exitcode is not None:

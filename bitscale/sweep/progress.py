@@ -27,6 +27,7 @@ class Progress:
         self._begin = self._last_line = time.monotonic()
         self._started: dict[str, tuple[float, int]] = {}  # run -> clock, step at its start
         self._done_work = 0.0
+        self._told: set[str] = set()  # runs of others that were mentioned
         self._total = sum(schedule.work(run) for run in schedule.remaining())
 
     def say(self, text: str) -> None:
@@ -49,6 +50,12 @@ class Progress:
             text = f"{count} {self._names[run.key]} ({run.key}): failed{again}; {log} ends with\n"
             text += "\n".join(f"    {line}" for line in self._schedule.store.log_tail(run.key, 4))
         self.say(text)
+
+    def wait_for_others(self) -> None:
+        """Say, once of each, which runs a job of an earlier command trains."""
+        for key in sorted(self._schedule.elsewhere - self._told):
+            self.say(f"{self._names[key]} ({key}): another job trains it; waiting for that")
+        self._told |= self._schedule.elsewhere
 
     def tick(self) -> None:
         """Where the runs are, if nothing was said for a while."""

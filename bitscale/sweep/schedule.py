@@ -4,17 +4,20 @@ Pure bookkeeping over the plan and the disk; back ends (local.py, slurm.py, comm
 tasks and tell it how they ended.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from bitscale.config import num_steps, tokens_per_step, transition_step
 from bitscale.config import to_tree as config_tree
+from bitscale.errors import ConfigError
 from bitscale.sweep import store as disk
 from bitscale.sweep.store import DIVERGED, Store
 from bitscale.sweep.trunks import Run, run_config
 from bitscale.sweep.worker import FAULT, OK, STOPPED, Task
 
 MAX_ATTEMPTS = 2
+GIB = 2**30
 
 
 class Schedule:
@@ -26,15 +29,31 @@ class Schedule:
         store: Store,
         provenance: dict[str, Any],
         launcher: Sequence[str] = (),
+        disk_bytes: float | None = None,
     ) -> None:
+        """`disk_bytes`: what all checkpoints may take at once; None: what they need.
+
+        Raises ConfigError if a run cannot keep within it even alone.
+        """
         self.store = store
         self.runs = {run.key: run for run in runs}
         self._provenance, self._launcher = provenance, tuple(launcher)
-        self._attempts: dict[str, int] = {}
+        self._failures: dict[str, int] = {}
+        self._disk_bytes = disk_bytes
+        self._reserved: dict[str, float] = {}  # bytes that running runs may come to take
         self.failed: dict[str, list[str]] = {}  # run -> the last lines of its log
         self.running: set[str] = set()
+        self.elsewhere: set[str] = set()  # trained by a job of an earlier command
         self.done = {run.key for run in runs if self._is_done(run)}
-        for run in runs:
+        self._check_disk()
+
+    def prune(self) -> None:
+        """Delete checkpoints that nobody needs any more.
+
+        For the command that trains, alone: of what other sweeps in the directory still need, a
+        report on some of them knows nothing.
+        """
+        for run in self.runs.values():
             self._prune(run)
 
     def _is_done(self, run: Run) -> bool:
@@ -55,7 +74,7 @@ class Schedule:
     def _waits(self, run: Run) -> bool:
         """Whether it has neither finished nor saved anything of its own to go on from."""
         done = disk.adopt_finished(self.store, run, self._provenance)
-        return not done and not self._has_own(run)
+        return not done and not self.has_own(run)
 
     def remaining(self) -> list[Run]:
         """Runs that are to be done and can be: without failed ones and what hangs on them."""
@@ -78,20 +97,70 @@ class Schedule:
 
     def next_run(self) -> Run | None:
         """The next run that can begin now: its trunk has saved where it begins."""
+        free = self._free_bytes()
         for run in self.remaining():
-            if run.key in self.running:
+            if run.key in self.running or self._is_elsewhere(run):
                 continue
-            if run.fork is None or self.store.has_checkpoint(*run.fork) or self._has_own(run):
+            if not self._fits(run, free):
+                continue
+            if run.fork is None or self.store.has_checkpoint(*run.fork) or self.has_own(run):
                 return run
         return None
 
-    def _has_own(self, run: Run) -> bool:
+    def _check_disk(self) -> None:
+        if self._disk_bytes is None:
+            return
+        needed = max(map(self._may_take, self.remaining()), default=0.0)
+        if needed > self._disk_bytes:
+            raise ConfigError(
+                f"--disk-gib {self._disk_bytes / GIB:.3g} is too little for a run that needs "
+                f"{needed / GIB:.3g} GiB for its checkpoints; raise it, or let fewer cells begin "
+                "at one trunk"
+            )
+
+    def _may_take(self, run: Run) -> float:
+        """Bytes: its last checkpoint and the next one; of a trunk also those at which others begin,
+        and room for one of these."""
+        kept = len(disk.missing_saves(self.store, run, self._needed(run)))
+        return (kept + (4 if run.is_trunk else 2)) * disk.checkpoint_bytes(run)
+
+    def _free_bytes(self) -> float:
+        """Of the budget, beside what is kept and what running runs may come to take."""
+        if self._disk_bytes is None:
+            return math.inf
+        kept = sum(self.store.saved_bytes(key) for key in self.runs if key not in self.running)
+        return self._disk_bytes - kept - sum(self._reserved[key] for key in self.running)
+
+    def _fits(self, run: Run, free: float) -> bool:
+        """Whether it may begin with `free` bytes left. Forks make room: a trunk's saves go."""
+        if self._disk_bytes is None:
+            return True
+        return self._may_take(run) - self.store.saved_bytes(run.key) <= free
+
+    def not_begun(self) -> list[Run]:
+        """Runs that could not begin, though nothing that they need has failed."""
+        return [run for run in self.remaining() if run.key not in self.running]
+
+    def _is_elsewhere(self, run: Run) -> bool:
+        """Whether an earlier command's job trains it, or has ended it since it was last asked."""
+        if self.store.is_in_use(run.key):
+            self.elsewhere.add(run.key)
+            return True
+        if run.key not in self.elsewhere:
+            return False
+        self.elsewhere.discard(run.key)
+        if not self._is_done(run):
+            return False
+        self.done.add(run.key)
+        return True
+
+    def has_own(self, run: Run) -> bool:
         return any((self.store.run_dir(run.key) / "checkpoints").glob("step-*/meta.json"))
 
     def begin(self, run: Run) -> Task:
         """The task that trains `run` from where it is; from now on it is running."""
+        self._reserved[run.key] = self._may_take(run) if self._disk_bytes is not None else 0.0
         self.running.add(run.key)
-        self._attempts[run.key] = self._attempts.get(run.key, 0) + 1
         trunk = None if run.fork is None else self.runs[run.fork.trunk]
         start = disk.prepare_start(self.store, run, self._needed(run), trunk)
         directory = str(self.store.run_dir(run.key))
@@ -119,7 +188,8 @@ class Schedule:
             if run.fork is not None:
                 self._prune(self.runs[run.fork.trunk])
             return "diverged" if code == FAULT else "finished"
-        if self._attempts[run.key] < MAX_ATTEMPTS:
+        self._failures[run.key] = self._failures.get(run.key, 0) + 1
+        if self._failures[run.key] < MAX_ATTEMPTS:
             return "retry"
         self.failed[run.key] = self.store.log_tail(run.key)
         return "failed"
@@ -130,7 +200,7 @@ class Schedule:
             fork = run.fork
             if fork is None or fork.trunk != trunk.key or self.store.has_checkpoint(*fork):
                 continue
-            if not self._has_own(run):
+            if not self.has_own(run):
                 message = f"its trunk {trunk.key} diverged before step {fork.step}"
                 content = {"status": DIVERGED, "message": message, **self._provenance}
                 self.store.finish(run.key, content)

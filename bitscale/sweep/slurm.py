@@ -36,10 +36,11 @@ def run_slurm(
 ) -> bool:
     """Submit what can run as one array, and the next array when more can; wait for all of them.
 
-    Stop it when you like: jobs go on, and the same command later submits what is not done. (A run
-    that is still in the queue then must be cancelled first: two jobs never train in one
-    directory, the second ends with an error.)
+    Stop it when you like: jobs go on; the same command later waits for those that are running and
+    submits what is not done. (Cancel first what is still in the queue then: two jobs never train in
+    one directory, the second to start ends with an error.)
     """
+    schedule.prune()
     active: dict[str, tuple[Run, Any]] = {}
     while True:
         ready = []
@@ -51,8 +52,9 @@ def run_slurm(
                 active[run.key] = run, job
                 progress.begin(run)
             progress.say(f"submitted {len(jobs)} jobs: {jobs[0].job_id} to {jobs[-1].job_id}")
-        if not active:
+        if not active and not schedule.elsewhere:
             return True
+        progress.wait_for_others()
         ended = [(run, job) for run, job in active.values() if job.done()]
         for run, job in ended:
             del active[run.key]

@@ -26,6 +26,12 @@ class Seeds(_Section):
     values: tuple[int, ...] = (0,)
     keys: tuple[str, ...] = ("train.seed", "data.seed")
 
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if not self.values or len(set(self.values)) < len(self.values):
+            raise ValueError("values: give one seed or more, each once")
+        return self
+
 
 class Draw(_Section):
     """One random key: exactly one of the four."""
@@ -42,6 +48,11 @@ class Draw(_Section):
             raise ValueError("give exactly one of uniform, log_uniform, integer, choice")
         if self.log_uniform is not None and min(self.log_uniform) <= 0:
             raise ValueError("log_uniform needs two numbers above 0")
+        if self.choice is not None and not self.choice:
+            raise ValueError("choice has no values")
+        ends = self.uniform or self.log_uniform or self.integer
+        if ends is not None and ends[0] > ends[1]:
+            raise ValueError(f"{list(ends)}: the smaller number comes first")
         return self
 
 
@@ -50,7 +61,7 @@ class Random(_Section):
 
     count: Annotated[int, Field(gt=0)]
     seed: int = 0
-    keys: dict[str, Draw]
+    keys: Annotated[dict[str, Draw], Field(min_length=1)]
 
 
 class Claim(_Section):

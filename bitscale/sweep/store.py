@@ -5,22 +5,28 @@ OUT/runs/KEY/log.txt     what it printed
 OUT/runs/KEY/done.json   written last: how it ended
 OUT/sweeps/NAME.json     which runs belong to a sweep, as what
 OUT/RESULTS.parquet, .csv
+OUT/corpora.json         on which text the runs were trained
+OUT/sweep.lock           held by the command that trains here
 """
 
 import json
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bitscale import checkpoint
+from bitscale import checkpoint, run_lock
 from bitscale.config import num_steps
+from bitscale.data.corpus import load_corpus
 from bitscale.errors import ConfigError
+from bitscale.plan.memory import state_bytes
 from bitscale.recorder import METRICS_NAME, read_lines
 from bitscale.sweep.trunks import Run
 
 DONE_NAME = "done.json"
 LOG_NAME = "log.txt"
+LOCK_NAME = "sweep.lock"
 FINISHED, DIVERGED = "finished", "diverged"
 
 
@@ -53,6 +59,10 @@ class Store(NamedTuple):
     def finish(self, key: str, content: Mapping[str, Any]) -> None:
         write_json(self.run_dir(key) / DONE_NAME, content)
 
+    def is_in_use(self, key: str) -> bool:
+        """Whether a process trains in the run's directory now."""
+        return run_lock.is_held(self.run_dir(key))
+
     def last_step(self, key: str) -> int:
         """Steps that a run has recorded; 0 before it began."""
         path = self.run_dir(key) / METRICS_NAME
@@ -63,6 +73,31 @@ class Store(NamedTuple):
     def log_tail(self, key: str, lines: int = 12) -> list[str]:
         path = self.log(key)
         return path.read_text(errors="replace").splitlines()[-lines:] if path.is_file() else []
+
+    def saved_bytes(self, key: str) -> int:
+        """That the checkpoints of a run take now."""
+        total = 0
+        for path in (self.run_dir(key) / "checkpoints").rglob("*"):
+            with suppress(FileNotFoundError):  # a job of an earlier command may delete them
+                total += path.stat().st_size
+        return total
+
+    def check_corpora(self, runs: Collection[Run]) -> None:
+        """Note the corpora of `runs`, before anything is trained.
+
+        Raises DataError for one that is not there, and ConfigError if another text lies where that
+        of earlier runs lay: they have the same hash, and are not the same runs.
+        """
+        path = self.root / "corpora.json"
+        known: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
+        for name in sorted({corpus.path for run in runs for corpus in run.cfg.data.corpora}):
+            fingerprint = load_corpus(name).fingerprint
+            if known.setdefault(name, fingerprint) != fingerprint:
+                raise ConfigError(
+                    f"{name} is not the corpus that the runs in {self.root} were trained on (its "
+                    "fingerprint differs); choose another --out, or prepare that one again"
+                )
+        write_json(path, known)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -78,6 +113,15 @@ class Start(NamedTuple):
 
     resume: str | None  # as `bitscale train --resume` takes it
     allow_change: tuple[str, ...]
+
+
+def checkpoint_bytes(run: Run) -> int:
+    """Of one checkpoint of the run."""
+    m = run.cfg.model
+    if m.vocab_size is None:
+        corpus = load_corpus(run.cfg.data.corpora[0].path)
+        m = m.model_copy(update={"vocab_size": corpus.vocab_size})
+    return state_bytes(run.cfg.optim, m)
 
 
 def missing_saves(store: Store, run: Run, needed: Collection[int]) -> list[int]:
@@ -107,12 +151,12 @@ def _step(path: Path) -> int:
 
 
 def clear(store: Store, key: str) -> None:
-    """Remove what a run left, but for its log."""
+    """Remove what a run left, but for its log, and its lock: a new file would not be locked."""
     directory = store.run_dir(key)
     if not directory.is_dir():
         return
     for path in directory.iterdir():
-        if path.name != LOG_NAME:
+        if path.name not in (LOG_NAME, run_lock.LOCK_NAME):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

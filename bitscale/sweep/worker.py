@@ -20,6 +20,7 @@ from bitscale.errors import BitscaleError, TrainingFault
 from bitscale.sweep.store import DIVERGED, FINISHED, LOG_NAME, write_json
 
 OK, FAILED, BAD_INPUT, FAULT, STOPPED = 0, 1, 2, 3, 75
+_FAULT_BEGINS = "error: loss is "  # as every TrainingFault does (bitscale/guard.py)
 # Imported by the fork server: what `bitscale train` imports, and on CPU also what PyTorch's
 # optimizers and DeepSpeed import when they are first used (4 of 5 s).
 PRELOAD = ["bitscale.train"]
@@ -88,23 +89,29 @@ def _train(task: Task) -> tuple[int, str]:
 
 def _launch(task: Task) -> int:
     """The run as a launcher's job; SIGTERM, of which launchers know, is passed on."""
+    said = _log_size(task)
     process = subprocess.Popen([*task.launcher, *train_arguments(task)])
     signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
-    return _meaning(task, process.wait())
+    return _meaning(task, process.wait(), said)
 
 
-def _meaning(task: Task, exit_code: int) -> int:
-    """The exit code of `bitscale train` as one of ours."""
-    if exit_code == 1 and _says_fault(Path(task.directory)):
-        return FAULT
-    return exit_code if exit_code in (OK, BAD_INPUT, STOPPED) else FAILED
+def _log_size(task: Task) -> int:
+    path = Path(task.directory) / LOG_NAME
+    return path.stat().st_size if path.is_file() else 0
 
 
-def _says_fault(directory: Path) -> bool:
-    """Whether the log ends with the one line of a TrainingFault, not with a traceback."""
-    lines = (directory / LOG_NAME).read_text(errors="replace").splitlines()[-30:]
-    errors = [line for line in lines if line.startswith("error: ")]
-    return bool(errors) and not any(line.startswith("Traceback") for line in lines)
+def _meaning(task: Task, exit_code: int, said: int) -> int:
+    """The exit code of `bitscale train`, or of its launcher, as one of ours.
+
+    Torchrun ends with 1 whatever the ranks ended with: what they printed, after the first `said`
+    bytes of the log, tells a fault from bad input.
+    """
+    if exit_code in (OK, BAD_INPUT, STOPPED):
+        return exit_code
+    with (Path(task.directory) / LOG_NAME).open("rb") as log:
+        log.seek(said)
+        lines = log.read().decode(errors="replace").splitlines()
+    return FAULT if any(line.startswith(_FAULT_BEGINS) for line in lines) else FAILED
 
 
 def train_arguments(task: Task) -> list[str]:
@@ -132,7 +139,8 @@ def work_as_job(task: Task) -> int:
     """`task` in a process of a cluster's job, which is its own already."""
     directory = Path(task.directory)
     directory.mkdir(parents=True, exist_ok=True)
+    said = _log_size(task)
     with (directory / LOG_NAME).open("a", encoding="utf-8") as log:
         command = [sys.executable, *train_arguments(task)]
         done = subprocess.run(command, stdout=log, stderr=log, check=False)
-    return _conclude(task, _meaning(task, done.returncode), "")
+    return _conclude(task, _meaning(task, done.returncode, said), "")

@@ -34,7 +34,9 @@ pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[2]
 CONFIG_FILES = sorted(
-    [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs/recipes").glob("*.yaml")]
+    path
+    for folder in ("configs", "configs/recipes", "configs/recipes/trilm")
+    for path in (ROOT / folder).glob("*.yaml")
 )  # configs/shared holds parts of them
 MakeConfig = Callable[..., Config]
 
@@ -328,6 +330,30 @@ def test_every_recipe_says_what_is_verbatim_and_what_is_ours() -> None:
         head = path.read_text(encoding="utf-8").split("\nbase:")[0]
         assert all(word in head for word in ("Verbatim:", "Our choice:")), path.stem
         assert f"`{path.stem}`" in described, path.stem
+
+
+def test_trilm_has_a_pair_of_rates_for_each_of_nine_sizes() -> None:
+    """Peaks x 1e4, before half way and after."""
+    recipes = ROOT / "configs/recipes"
+    pairs = {}
+    for path in [recipes / "trilm.yaml", *recipes.glob("trilm/*.yaml")]:
+        optim = load_config(path).optim
+        assert (optim.schedule, optim.trilm_drop_at) == ("trilm", 0.5)
+        pairs[path.stem] = (
+            round(optim.lr * 1e4, 6),
+            round(optim.lr * optim.trilm_lr_ratio * 1e4, 6),
+        )
+    assert pairs == {
+        "99m": (24, 15),
+        "trilm": (24, 15),
+        "390m": (18, 12),
+        "560m": (16, 11),
+        "830m": (15, 10),
+        "1.1b": (13, 9),
+        "1.5b": (12, 8),
+        "2.4b": (12, 8),
+        "3.9b": (12, 8),
+    }
 
 
 def test_reference_of_keys_is_up_to_date() -> None:

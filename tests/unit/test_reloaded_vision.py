@@ -23,7 +23,7 @@ def test_it_learns_and_writes_a_table(
     recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "vision.json"
-    arguments = "--models mlp --widths 32 --seeds 2 --epochs 6 --json"
+    arguments = "--models mlp --widths 32 --lr 3e-3 --seeds 2 --epochs 6 --json"
     results = recipe["main"]([*arguments.split(), str(out)])
     (row,) = json.loads(out.read_text())["rows"]
     assert row == {**results["rows"][0]}
@@ -32,6 +32,22 @@ def test_it_learns_and_writes_a_table(
     assert row["accuracies"]["b158"] != row["accuracies"]["fp32"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("| mlp | 32 | 0.003 | 0.01 | ")
+
+
+def test_the_recipe_holds_the_settings(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the options do not say otherwise: as the table of docs/recipes.md was made."""
+    text = recipe["SETTINGS"].read_text()
+    assert "Verbatim:" in text and "Our choice:" in text
+    seen: list[Any] = []
+    # runpy's functions look their names up in the module that it made.
+    names = recipe["main"].__globals__
+    monkeypatch.setitem(names, "measure", lambda args: seen.append(args) or {})
+    monkeypatch.setitem(names, "table", str)
+    recipe["main"](["--seeds", "2"])
+    (args,) = seen
+    assert (args.widths, args.lr, args.seeds, args.epochs) == ([64], [1e-2, 1e-3], 2, 30)
 
 
 def test_every_layer_is_quantized(recipe: dict[str, Any]) -> None:

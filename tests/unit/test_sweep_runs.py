@@ -1,7 +1,11 @@
 """A sweep's bookkeeping without training: order, retries, pruning, results, verdicts, back ends."""
 
 import json
+import re
+import shlex
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,20 +14,23 @@ import numpy as np
 import pytest
 import yaml
 
+from bitscale import guard, run_lock
 from bitscale.cli.main import main
 from bitscale.config import num_steps, parse_config, transition_step
-from bitscale.errors import ConfigError
+from bitscale.data.corpus import load_corpus
+from bitscale.errors import ConfigError, DataError
 from bitscale.fit.table import Row, read_table
 from bitscale.sweep import campaign as campaigns
 from bitscale.sweep.campaign import Campaign
-from bitscale.sweep.claims import write_claims
+from bitscale.sweep.claims import _line, write_claims
 from bitscale.sweep.commands import command_list
+from bitscale.sweep.local import run_local
 from bitscale.sweep.progress import Progress
 from bitscale.sweep.results import measure_cells, write_table
-from bitscale.sweep.schedule import Schedule
+from bitscale.sweep.schedule import GIB, Schedule
 from bitscale.sweep.slurm import make_executor, run_slurm
-from bitscale.sweep.store import write_json
-from bitscale.sweep.worker import FAILED, FAULT, OK, STOPPED, Task
+from bitscale.sweep.store import Store, write_json
+from bitscale.sweep.worker import FAILED, FAULT, OK, STOPPED, Task, run_task
 
 pytestmark = pytest.mark.unit
 
@@ -87,9 +94,9 @@ def pretend(task: Task, *, until: int | None = None) -> int:
     lines: list[dict[str, Any]] = [{"kind": "event", "event": "start", "step": first, "tokens": 0}]
     for step in range(first + 1, last + 1):
         ternary = start is not None and step > start
-        loss = (
-            5.0 - 0.01 * step + (0.4 if ternary and start is not None and step < start + 5 else 0)
-        )
+        loss = 5.0 - 0.01 * step
+        if ternary and start is not None and step < start + 5:  # .5, .3, .5, .3
+            loss += 0.4 - 0.1 * (-1) ** (step - start)
         lines.append({"kind": "train", "step": step, "tokens": 128 * step, "loss": loss, "lr": 1e-3,
                       "weight_decay": 0.1, "lambda_weight": float(ternary),
                       "lambda_activation": float(ternary), "grad_norm": 1.0})  # fmt: skip
@@ -159,6 +166,53 @@ def test_a_trunks_checkpoint_stays_as_long_as_somebody_begins_there(make: Make) 
     assert left == [["10", "20", "40"], ["10", "20", "40"], ["10", "20", "40"], ["20", "40"]]
 
 
+CHECKPOINT_GIB = 12 * 18_848 / 2**30  # of the model of BASE: master and two moments in fp32
+
+
+def test_checkpoints_keep_within_the_disk_budget(make: Make) -> None:
+    """Eight runs want to begin; a second trunk waits until the first one's forks let it go."""
+    campaign = make()
+    budget = 9.5 * CHECKPOINT_GIB
+    schedule = Schedule(campaign.runs, campaign.store, {}, disk_bytes=budget * GIB)
+    assert 4 * len(schedule.runs) * 2 > 9.5  # they would not fit all at once
+    names = {cell.key: f"{cell.label} {cell.seed}" for cell in campaign.cells}
+    order, active = [], []
+    while True:
+        while (run := schedule.next_run()) is not None:
+            order.append(names[run.key])
+            active.append((run, schedule.begin(run)))
+        if not active:
+            break
+        # A trunk of two forks may take 2 + 4, another run 2.
+        assert sum(6 if run.is_trunk else 2 for run, _ in active) <= 9.5
+        run, task = active.pop(0)
+        code = pretend(task)
+        for meta in Path(task.directory).glob("checkpoints/*/meta.json"):
+            meta.write_bytes(b" " * round(CHECKPOINT_GIB * GIB))
+        schedule.end(run, code)
+        assert sum(map(schedule.store.saved_bytes, schedule.runs)) <= budget * GIB
+    assert schedule.remaining() == [] and len(order) == 16
+    assert order.index("sixteen 1") > order.index("early 0")
+    with pytest.raises(
+        ConfigError, match=r"--disk-gib .* is too little for a run that needs .*GiB"
+    ):
+        Schedule(make(arms=ARMS | {"new": {"transition.at.step": 30}}).runs, campaign.store, {},
+                 disk_bytes=4 * CHECKPOINT_GIB * GIB)  # fmt: skip
+
+
+def test_another_text_is_another_run(make: Make, corpus: Path) -> None:
+    campaign = make(set={"data.corpora": [{"path": str(corpus)}]}, seeds={"values": [0]})
+    campaign.store.check_corpora(campaign.runs)
+    campaign.store.check_corpora(campaign.runs)
+    known = campaign.store.root / "corpora.json"
+    assert json.loads(known.read_text()) == {str(corpus): load_corpus(corpus).fingerprint}
+    known.write_text(json.dumps({str(corpus): "f00"}))
+    with pytest.raises(ConfigError, match=r"is not the corpus that the runs in .*another --out"):
+        campaign.store.check_corpora(campaign.runs)
+    with pytest.raises(DataError, match="is not a prepared corpus"):
+        campaign.store.check_corpora(make().runs)
+
+
 def test_what_was_stopped_goes_on(make: Make) -> None:
     campaign = make(seeds={"values": [0]})
     first = schedule_of(campaign)
@@ -186,9 +240,98 @@ def test_a_stopped_fork_needs_its_trunk_no_more(make: Make) -> None:
     left = [path.name for path in campaign.store.root.rglob("step-*")]
     second = schedule_of(campaign)
     assert sorted(left) == ["step-00000010", "step-00000015"]
+    second.prune()
     assert [path.name for path in campaign.store.root.rglob("step-*")] == ["step-00000015"]
     (run,) = second.remaining()
     assert second.begin(run).resume == "auto"
+
+
+def test_what_only_looks_deletes_nothing(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plan or a report of a part of the sweeps knows nothing of what the others still need."""
+    campaign = make(seeds={"values": [0]})
+    schedule = schedule_of(campaign)
+    trunk = schedule.next_run()
+    assert trunk is not None
+    schedule.end(trunk, pretend(schedule.begin(trunk)))
+    saved = [path.name for path in campaign.store.root.rglob("step-*")]
+    content = yaml.safe_load((tmp_path / "try.yaml").read_text())
+    content["arms"] = {"sixteen": ARMS["sixteen"]}
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump(content))
+    command = ["sweep", str(tmp_path / "part.yaml"), "--out", str(campaign.store.root)]
+    for look in ("--dry-run", "--report"):
+        assert main([*command, look]) == 0
+        assert [path.name for path in campaign.store.root.rglob("step-*")] == saved != []
+    # The command that trains does: there is nothing to train, and nobody of its own begins there.
+    assert main(command) == 0
+    assert list(campaign.store.root.rglob("step-*")) == []
+    # Whoever waited for these can no longer begin here, and is not forgotten.
+    names = {cell.key: cell.label for cell in campaign.cells}
+    assert run_all(schedule) == ["finished"]
+    assert [names[run.key] for run in schedule.not_begun()] == ["early", "late"]
+    assert run_all(schedule_of(campaign)) == ["finished"] * 3  # the trunk once more
+
+
+def test_two_commands_do_not_train_in_one_directory(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    campaign = make(seeds={"values": [0]})
+    command = ["sweep", str(tmp_path / "try.yaml"), "--out", str(campaign.store.root)]
+    with campaigns.sole_trainer(campaign):
+        assert main(command) == 2
+        assert "is in use by process" in (error := capsys.readouterr().err), error
+        assert "choose another --out" in error
+        assert main([*command, "--dry-run"]) == 0
+
+
+def test_a_job_of_an_earlier_command_is_left_alone(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files stay; what it has finished then is not trained again, what it has not, is."""
+    campaign = make(seeds={"values": [0]}, arms={k: ARMS[k] for k in ("sixteen", "scratch")})
+    first, second = schedule_of(campaign), schedule_of(campaign)
+    task = first.begin(campaign.runs[0])
+    with run_lock.hold(Path(task.directory)):
+        (Path(task.directory) / "metrics.jsonl").write_text("")
+        run = second.next_run()
+        assert run is campaign.runs[1] and second.elsewhere == {task.key}
+        assert second.end(run, pretend(second.begin(run))) == "finished"
+        assert second.next_run() is None
+        assert [run.key for run in second.not_begun()] == [task.key]
+        assert (Path(task.directory) / "metrics.jsonl").exists()
+    third = schedule_of(campaign)
+    third.elsewhere.add(task.key)
+    assert third.next_run() is campaign.runs[0]  # it was killed
+    pretend(task)
+    assert second.next_run() is None and second.remaining() == []
+    # Slurm's command waits for it.
+    waits, lines = [True, True, False], list[str]()
+    for path in campaign.store.root.rglob("done.json"):
+        path.unlink()
+    monkeypatch.setattr(Store, "is_in_use", lambda self, key: key == task.key and waits.pop(0))
+    schedule, executor = schedule_of(campaign), _Executor()
+    schedule.done.clear()
+    run_slurm(schedule, Progress(schedule, campaign.names, write=lines.append), executor, 0.0)
+    waiting = [line for line in lines if "another job trains it; waiting for that" in line]
+    assert executor.arrays == [1] and waits == []
+    assert len(waiting) == 1 and f"sixteen, seed 0 ({task.key})" in waiting[0]
+    # So does the local one, though it finds nothing to do meanwhile.
+    waits += [True, False]
+    schedule = schedule_of(campaign)
+    schedule.done.discard(task.key)
+    assert run_local(schedule, Progress(schedule, campaign.names, write=lines.append), 1)
+    assert waits == [] and schedule.remaining() == []
+
+
+def test_a_stop_is_no_failure(make: Make) -> None:
+    campaign = make(seeds={"values": [0]}, arms={"scratch": ARMS["scratch"]})
+    schedule = schedule_of(campaign)
+    codes, said = [STOPPED, STOPPED, FAILED, STOPPED, FAILED], []
+    while codes and (run := schedule.next_run()) is not None:
+        schedule.begin(run)
+        said.append(schedule.end(run, codes.pop(0)))
+    assert said == ["stopped", "stopped", "retry", "stopped", "failed"]
 
 
 def test_a_failed_run_is_tried_twice_and_others_go_on(make: Make) -> None:
@@ -290,12 +433,44 @@ def test_progress_says_how_far_it_is(make: Make) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("exit_code", "error", "meaning", "status"),
+    [
+        (1, "fault", FAULT, "diverged"),  # of torchrun, which adds a traceback of its own
+        (1, "error: corpus is not a prepared corpus", FAILED, None),
+        (1, "", FAILED, None),
+        (2, "error: corpus is not a prepared corpus", 2, None),
+        (75, "", STOPPED, None),
+        (0, "", OK, "finished"),
+    ],
+)
+def test_what_a_launcher_ends_with(
+    exit_code: int, error: str, meaning: int, status: str | None, make: Make
+) -> None:
+    campaign = make(seeds={"values": [0]})
+    task = schedule_of(campaign).begin(campaign.runs[0])
+    directory = Path(task.directory)
+    directory.mkdir(parents=True)
+    (directory / "log.txt").write_text("error: loss is nan at another attempt\n")
+    if error == "fault":
+        problem = guard.Fault(3, "loss is nan and the gradient norm 1 at step 3", is_finite=False)
+        error = f"error: {guard.error_for(problem)}"
+    script = f"import sys; print({error!r}, 'Traceback of the launcher', sep='\\n'); "
+    shell = shlex.join([sys.executable, "-c", f"{script}sys.exit({exit_code})"])
+    launcher = ("/bin/sh", "-c", f"{shell} >> {shlex.quote(str(directory / 'log.txt'))}")
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_task(task._replace(launcher=launcher)) == meaning
+    signal.signal(signal.SIGTERM, before)
+    done = campaign.store.done(task.key)
+    assert (done and done["status"]) == status
+
+
 # Results
 
 
 @pytest.fixture
 def finished(make: Make) -> tuple[Campaign, list[Row]]:
-    campaign = make(claims=CLAIMS)
+    campaign = make(claims=CLAIMS, seeds={"values": [0, 1, 2, 3, 4]})
     run_all(schedule_of(campaign))
     return campaign, campaigns.collect(campaign)
 
@@ -303,7 +478,7 @@ def finished(make: Make) -> tuple[Campaign, list[Row]]:
 def test_rows(finished: tuple[Campaign, list[Row]]) -> None:
     campaign, rows = finished
     by_point = {(row["label"], row["seed"]): row for row in rows}
-    assert len(by_point) == 16
+    assert len(by_point) == 20
     early, sixteen = by_point["early", 2], by_point["sixteen", 2]
     assert early["valid_loss"] == valid_loss(10, 2) and early["trunk"] == sixteen["hash"]
     assert (early["transition_fraction"], early["qat_fraction"]) == (0.25, 0.75)
@@ -329,7 +504,7 @@ def test_rows_of_other_sweeps_stay_in_the_table(
     assert schedule_of(other).remaining() == []  # the same runs
     campaigns.collect(other)
     stored = read_table(tmp_path / "out")
-    assert len(stored) == 32 and {row["sweep"] for row in stored} == {"try", "other"}
+    assert len(stored) == 40 and {row["sweep"] for row in stored} == {"try", "other"}
     assert [row for row in stored if row["sweep"] == "try"] == rows
 
 
@@ -356,7 +531,7 @@ def test_verdicts_and_the_page(
     ]
     better, same, _, when = (judgement.interval for judgement in judgements)
     assert better.value == pytest.approx(-0.2, abs=0.01)  # though seeds lie .5 apart
-    assert better.high - better.low < 0.05 and same.num_seeds == 4
+    assert better.high - better.low < 0.05 and same.num_seeds == 5
     assert (when.value, when.low, when.high) == (0.25, 0.125, 0.375)
     assert any(line.startswith("  Early beats scratch: confirmed (-0.") for line in said)
     assert (figures / "try.svg").read_text().startswith("<?xml")
@@ -366,12 +541,13 @@ def test_verdicts_and_the_page(
     text = page.read_text()
     assert "| Early beats scratch | a paper | below 0 | valid_loss -0." in text
     assert "| Late is early | us | within ±0.05 |" in text
+    assert re.search(r"models of \S+k to \S+k parameters", text)
     assert "| Early is best | us | 0.1 to 0.4 | transition_fraction +0.25" in text
-    assert "![try](../images/try.svg)" in text and "16 finished cells of 16" in text
+    assert "![try](../images/try.svg)" in text and "20 finished cells of 20" in text
     # The command does the same, and trains nothing.
     arguments = ["sweep", str(tmp_path / "try.yaml"), "--out", str(tmp_path / "out"), "--report"]
     assert main([*arguments, "--claims", str(page)]) == 0
-    assert "16 of 16 cells" in capsys.readouterr().out
+    assert "20 of 20 cells" in capsys.readouterr().out
     # From the page's table alone, with all runs gone, the page and the figure come out the same.
     shutil.rmtree(tmp_path / "out")
     figure = (figures / "try.svg").read_bytes()
@@ -381,6 +557,38 @@ def test_verdicts_and_the_page(
     assert not (tmp_path / "out").exists()
     assert main([*arguments[:-5], "--table", str(page.with_suffix(".csv"))]) == 2
     assert "--table is for --report" in capsys.readouterr().err
+
+
+def test_seeds_that_are_missing_or_diverged_leave_no_verdict(
+    finished: tuple[Campaign, list[Row]],
+) -> None:
+    campaign, rows = finished
+    four = campaigns.judge_all(campaign, [row for row in rows if row["seed"] != 3])
+    assert {(j.verdict, len(j.seeds)) for j in four} == {("underpowered", 4)}
+    # Early is better where scratch did not diverge: those seeds alone would confirm it.
+    lost = [
+        {**row, "status": "diverged", "valid_loss": None}
+        if (row["label"], row["seed"]) == ("scratch", 3)
+        else row
+        for row in [*rows, *({**row, "seed": 9} for row in rows if row["seed"] == 0)]
+    ]
+    better, same, *_ = campaigns.judge_all(campaign, lost)
+    assert (better.verdict, len(better.seeds)) == ("underpowered", 5) and better.interval.high < 0
+    assert (same.verdict, len(same.seeds)) == ("confirmed", 6)
+    assert better.sentence.endswith("5 seeds, 95%; a cell diverged with seed 3).")
+    assert "**underpowered** (a cell diverged with seed 3) |" in _line(better)
+
+
+def test_a_best_point_at_the_edge_says_so(finished: tuple[Campaign, list[Row]]) -> None:
+    campaign, rows = finished
+    for label, place, beyond in (("late", 0.5, True), ("scratch", 0.0, False)):
+        moved = [
+            {**row, "valid_loss": row["valid_loss"] - 0.4 * (row["label"] == label)} for row in rows
+        ]
+        when = campaigns.judge_all(campaign, moved)[-1]
+        assert when.interval.value == place
+        assert ("the best may lie beyond" in when.sentence) == beyond
+    assert campaigns.judge_all(campaign, rows)[-1].note == ""
 
 
 def test_claims_wait_for_their_cells(make: Make, tmp_path: Path) -> None:
@@ -483,3 +691,6 @@ def test_wrong_slurm_parameter(
     assert "--slurm 'timeout' is not of the form NAME=VALUE" in capsys.readouterr().err
     assert main([*arguments, "--workers", "0"]) == 2
     assert "--workers 0 trains nothing; give 1 or more" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*arguments, "--disk-gib", "0"])
+    assert "--disk-gib: 0 is not above 0" in capsys.readouterr().err
