@@ -55,7 +55,8 @@ def run_local(schedule: Schedule, progress: Progress, workers: int) -> bool:
                 if run is None:
                     break
                 process = context.Process(target=work, args=(schedule.begin(run),), daemon=False)
-                process.start()
+                if not _has_started(process, stop):
+                    break
                 active[run.key] = run, process
                 progress.begin(run)
             if stop.requested and not told:
@@ -77,6 +78,17 @@ def run_local(schedule: Schedule, progress: Progress, workers: int) -> bool:
         stop.restore()
         for _, process in active.values():
             process.terminate()
+
+
+def _has_started(process: ForkServerProcess, stop: _Stop) -> bool:
+    """Start it; False if the signal that stops us has ended the fork server as well."""
+    try:
+        process.start()
+    except (EOFError, OSError):
+        if not stop.requested:
+            raise
+        return False
+    return True
 
 
 def default_workers() -> int:

@@ -1,7 +1,9 @@
 """A whole sweep as a user runs it: stopped, continued, and equal to runs that share nothing."""
 
+import contextlib
 import csv
 import json
+import os
 import re
 import shutil
 import signal
@@ -70,6 +72,30 @@ def folder(python_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     assert code == 75, _text(folder / "first.log")
     assert "the same command goes on" in _text(folder / "first.log")
     return folder
+
+
+def test_stopped_with_its_fork_server(folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C and Slurm signal every process, here while the server imports libraries."""
+    command = [*_sweep_command(folder), "--out", str(tmp_path / "out")]
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, env=environment(), stdout=stream, stderr=stream, start_new_session=True
+        )
+    while "forkserver" not in _commands_of_children(process.pid):
+        assert process.poll() is None, _text(log)
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=120) == 75, _text(log)
+    assert "Traceback" not in _text(log)
+
+
+def _commands_of_children(pid: int) -> str:
+    found = ""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            found += _text(Path(f"/proc/{child}/cmdline"))
+    return found
 
 
 @pytest.fixture(scope="module")
