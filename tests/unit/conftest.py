@@ -1,7 +1,9 @@
-"""Of several files: the CPU's kernels, and what makes their faults show."""
+"""Of several files: the CPU's kernels and what makes their faults show; pretended sweeps."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import pretended_runs
 import pytest
 import torch
 
@@ -28,3 +30,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> pretended_runs.Make:
+    return pretended_runs.maker(tmp_path)
