@@ -4,8 +4,8 @@
 #   launch/reproduce.sh [--scale small|h200] [--corpus PATH] [--workers N]
 #
 # PATH is a file or a folder of text; without it, what was prepared before, or else the documentation
-# of the running Python. Interrupt it when you like: the same command goes on. Runs are in runs/reproduce, the page and its figures in
-# docs/results (small scale) or runs/reproduce-h200.
+# of the running Python. Interrupt it when you like: the same command goes on. Runs, the page
+# (seed-claims.md) and its figures are in runs/reproduce or runs/reproduce-h200.
 set -euo pipefail
 
 usage="usage: launch/reproduce.sh [--scale small|h200] [--corpus PATH] [--workers N]"
@@ -42,12 +42,11 @@ fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case $scale in
   small)
-    out=runs/reproduce vocab=512 page=docs/results/seed-claims.md figures=docs/images/claims
+    out=runs/reproduce vocab=512
     scaled=()
     ;;
   h200)
-    out=runs/reproduce-h200
-    vocab=4096 page=$out/seed-claims.md figures=$out/figures
+    out=runs/reproduce-h200 vocab=4096
     scaled=(--over configs/sweeps/shared/h200.yaml "data.corpora=[{path: $out/corpus}]")
     # One run after the other, unless --workers says how many share the GPU.
     ((${#workers[@]})) || workers=(--workers 1)
@@ -63,4 +62,4 @@ if [[ -n $corpus_given || ! -f $out/corpus/corpus.json ]]; then
   bitscale prepare "$corpus" --out "$out/corpus" --vocab-size "$vocab" --split 0.97,0.03,0
 fi
 exec bitscale sweep configs/sweeps "${scaled[@]}" --out "$out" "${workers[@]}" \
-  --claims "$page" --figures "$figures"
+  --claims "$out/seed-claims.md" --figures "$out/figures"
