@@ -63,7 +63,10 @@ def hold(
 
 
 def is_held(run_dir: Path, *, name: str = LOCK_NAME) -> bool:
-    """Whether a process holds `run_dir` now, as far as the file system says. Nothing is made."""
+    """Whether a process holds `run_dir` now, as far as the file system says. Nothing is made.
+
+    To find out it holds the lock for a moment itself, which `hold` may meet.
+    """
     try:
         with (run_dir / name).open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

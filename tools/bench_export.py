@@ -12,6 +12,7 @@ processes and the disk disturb least, and medians; compare ratios, not machines.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import platform
@@ -35,6 +36,8 @@ from bitscale.convert.model_source import parameter_shapes
 from bitscale.convert.names import to_huggingface
 from bitscale.convert.tensor_file import TensorSpec, write_sharded
 from bitscale.convert.to_checkpoint import write_checkpoint
+from bitscale.quant.kernels import get_kernels
+from bitscale.quant.pack import pack_2bit
 from provenance import provenance
 
 PACKAGES = ("torch", "safetensors")
@@ -134,6 +137,30 @@ def _measured(contender: Contender, model: Path, packed: Path, folder: Path, pip
     pipe.send((seconds, max(peaks) - before))
 
 
+def parts() -> dict[str, float]:
+    """ns of the CPU a weight, of what a packed export does with one bf16 matrix; one thread."""
+    torch.set_num_threads(1)
+    weight = (0.02 * torch.randn(2816, 1024)).bfloat16()
+    kernels = get_kernels("auto", "cpu")
+    codes = kernels.ternarize(weight, "absmean", 1e-5).codes_FD
+    work: dict[str, Work] = {
+        "check for NaN and infinity": weight.aminmax,
+        "scale and codes": lambda: kernels.ternarize(weight, "absmean", 1e-5),
+        "SHA-256 of the codes": lambda: hashlib.sha256(codes.numpy().data),
+        "packing": lambda: pack_2bit(codes),
+    }
+    return {name: 1e9 * _least_seconds(each) / weight.numel() for name, each in work.items()}
+
+
+def _least_seconds(work: Work) -> float:
+    seconds = []
+    for _ in range(9):
+        start = time.process_time()
+        work()
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
 def _anonymous_mib() -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
@@ -182,11 +209,18 @@ def main(argv: Sequence[str]) -> None:
         mib = max(added for _, added in runs)
         print(f"{name_of:<34} {medians[name_of]:>8.2f} {share:>13.2f} {mib:>10,.0f}")
         results.append({"name": name_of, "cpu_seconds": medians[name_of], "mib_added": mib})
+    a_weight = parts()
+    print("\na weight takes, in ns:")
+    for name_of, ns in a_weight.items():
+        print(f"{name_of:<34} {ns:>8.2f}")
     if args.json:
         origin = provenance(platform.processor() or platform.machine(), PACKAGES)
         origin |= {"model_bytes": num_bytes, "repeats": args.repeats, "state": args.state}
         args.json.write_text(
-            json.dumps({"provenance": origin, "results": results}, indent=2) + "\n"
+            json.dumps(
+                {"provenance": origin, "results": results, "ns_a_weight": a_weight}, indent=2
+            )
+            + "\n"
         )
 
 

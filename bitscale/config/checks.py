@@ -37,8 +37,13 @@ _OWNED_DEEPSPEED_KEYS = {
 # DeepSpeed's ZeRO options that put masters or their 16-bit copies elsewhere, or (leaf modules) use
 # several layers' weights at once.
 _FOREIGN_SHARES = (
-    *("offload_optimizer", "offload_param", "zenflow", "zero_hpz_partition_size"),
-    *("mics_shard_size", "zero_quantized_weights", "stage3_module_granularity_threshold"),
+    "offload_optimizer",
+    "offload_param",
+    "zenflow",
+    "zero_hpz_partition_size",
+    "mics_shard_size",
+    "zero_quantized_weights",
+    "stage3_module_granularity_threshold",
 )
 
 

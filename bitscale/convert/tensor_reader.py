@@ -39,14 +39,17 @@ class TensorReader:
         return self._get[name]()
 
     def floating(self, name: str) -> Tensor:
-        """The same. CheckpointError if the file holds integers or 8-bit floats."""
+        """The same, but fp32 instead of 64-bit numbers, whose range nothing else here has.
+
+        Raises CheckpointError if the file holds integers or 8-bit floats.
+        """
         tensor = self.read(name)
         if tensor.dtype not in _FLOATS:
             raise CheckpointError(
                 f"{self.directory}: {name} is {str(tensor.dtype).removeprefix('torch.')}, not a "
                 "16- or 32-bit number; import the model as it was before it was quantized"
             )
-        return tensor
+        return tensor.float() if tensor.dtype == torch.float64 else tensor
 
     def _open(self, file: Path, listed: Iterable[str] | None) -> None:
         is_pickle = file.suffix == ".bin"

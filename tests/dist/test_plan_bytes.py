@@ -217,5 +217,6 @@ def test_bytes_that_live_and_bytes_that_are_sent(
     if stage < 2:
         assert expected["gradients"] == pytest.approx(most["gradients"], rel=TOLERANCE)
     if stage < 3 or "codes" in case:
-        # Without exchanged codes stage 3 has them only while a layer runs: measured by what it saves, in test_plan.py.
+        # Without exchanged codes stage 3 has them only while a layer runs: measured by what it
+        # saves, in test_plan.py.
         assert expected["codes and copies"] == pytest.approx(most["codes and copies"], rel=0.01)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from gaussian import gaussian
@@ -36,6 +37,12 @@ def why_no_cpu_kernels() -> str | None:
     except KernelUnavailable as error:
         return str(error)
     return None
+
+
+ON_CPU_KERNELS = [
+    pytest.mark.unit,
+    pytest.mark.skipif(why_no_cpu_kernels() is not None, reason=why_no_cpu_kernels() or ""),
+]
 
 
 def among_nans(x: Tensor) -> Tensor:

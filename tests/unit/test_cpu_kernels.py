@@ -12,10 +12,10 @@ from kernel_cases import (
     HARD_ROWS,
     HARD_WEIGHTS,
     MEASURES,
+    ON_CPU_KERNELS,
     among_nans,
     assert_same,
     error,
-    why_no_cpu_kernels,
 )
 
 from bitscale.quant import kernels
@@ -27,11 +27,7 @@ from bitscale.quant.kernels import (
 from bitscale.quant.kernels.table import Measure
 from bitscale.quant.reference import Int8Rows, Ternary
 
-pytestmark = [
-    pytest.mark.unit,
-    pytest.mark.skipif(why_no_cpu_kernels() is not None, reason=why_no_cpu_kernels() or ""),
-    pytest.mark.usefixtures("poisoned_outputs"),
-]
+pytestmark = [*ON_CPU_KERNELS, pytest.mark.usefixtures("poisoned_outputs")]
 
 
 # --- Weights ---

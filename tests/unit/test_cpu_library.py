@@ -10,16 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import EPS, why_no_cpu_kernels
+from kernel_cases import EPS, ON_CPU_KERNELS
 
 from bitscale.errors import KernelUnavailable
 from bitscale.quant import kernels
 from bitscale.quant.kernels import cpu_library, get_kernels, plain
 
-pytestmark = [
-    pytest.mark.unit,
-    pytest.mark.skipif(why_no_cpu_kernels() is not None, reason=why_no_cpu_kernels() or ""),
-]
+pytestmark = ON_CPU_KERNELS
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from kernel_cases import (
     EPS,
     INF,
     NAN,
+    ON_CPU_KERNELS,
     SHAPES,
     among_nans,
     assert_at_most_twice_naive_bf16,
     assert_same,
     error,
-    why_no_cpu_kernels,
 )
 from torch import Tensor
 
@@ -32,11 +32,7 @@ from bitscale.quant.kernels.linear import rms_norm_rows, ternary_linear
 from bitscale.quant.kernels.table import GradientBits
 from bitscale.quant.reference import Int8Rows, Ternary
 
-pytestmark = [
-    pytest.mark.unit,
-    pytest.mark.skipif(why_no_cpu_kernels() is not None, reason=why_no_cpu_kernels() or ""),
-    pytest.mark.usefixtures("poisoned_outputs"),
-]
+pytestmark = [*ON_CPU_KERNELS, pytest.mark.usefixtures("poisoned_outputs")]
 
 BITS = [8, 16, 24]
 

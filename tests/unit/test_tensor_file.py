@@ -1,14 +1,15 @@
-"""safetensors files as they are written: what a checksum sees, and holes for zeros."""
+"""safetensors files as they are written and read: what a checksum sees, holes, dtypes."""
 
 import hashlib
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitscale.convert.tensor_file import TensorSpec, write_tensors
+from bitscale.convert.tensor_reader import TensorReader
 from bitscale.data.progress import ByteProgress
 
 pytestmark = pytest.mark.unit
@@ -43,6 +44,14 @@ def test_what_was_there_is_gone(tmp_path: Path) -> None:
     write(path, TENSORS)
     assert not load_file(path)["last"].any()
     assert path.stat().st_size < 21 * MIB
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_are_read_as_they_are_stored(tmp_path: Path, dtype: torch.dtype) -> None:
+    """But 64-bit ones in fp32, so that what is finite there is finite later."""
+    save_file({"w": torch.tensor([0.1, 3e38], dtype=dtype)}, tmp_path / "model.safetensors")
+    stored = dtype if dtype != torch.float64 else torch.float32
+    assert TensorReader(tmp_path).floating("w").dtype == stored
 
 
 def write(path: Path, tensors: dict[str, Tensor], sha256: "hashlib._Hash | None" = None) -> None:
