@@ -11,7 +11,7 @@ import numpy as np
 from bitscale.errors import DataError
 from bitscale.fit import qat_fraction
 from bitscale.fit.draw import Points, draw_fit
-from bitscale.fit.estimate import Goodness, fit_law
+from bitscale.fit.estimate import Goodness, fit_law, goodness_of
 from bitscale.fit.laws import LAWS, PRECISION, Floats, Law, effective_share
 from bitscale.fit.paired import MIN_SEEDS, mean_interval
 from bitscale.fit.table import Row, columns_of, number, read_table
@@ -19,6 +19,7 @@ from bitscale.fit.table import Row, columns_of, number, read_table
 ALL = (*LAWS, "qat-fraction", "capacity")
 MIN_RESAMPLES = 20
 _TERNARY_BITS = 2.0  # fewer bits than this count as ternary
+_CAPACITY = "L(ternary, 2 w) = L(16 bit, w), equal tokens; their difference by seed, Student's t"
 
 
 class Report(NamedTuple):
@@ -56,7 +57,7 @@ def fit_table(
     if not rows:
         raise DataError(f"{path} has no finished row that was asked for")
     if law == "capacity":
-        return Report(law, _capacity(rows), None)
+        return _capacity(rows, resamples)
     if law == "qat-fraction":
         return _fraction(rows, resamples)
     return _parametric(LAWS[law], rows, resamples)
@@ -221,8 +222,11 @@ def _range(values: Floats) -> list[float]:
     return [float(values.min()), float(values.max())]
 
 
-def _capacity(rows: Sequence[Row]) -> dict[str, Any]:
-    """Ternary at twice the width less 16 bit, paired by tokens and seed (arXiv:2407.09527)."""
+def _capacity(rows: Sequence[Row], resamples: int) -> Report:
+    """Ternary at twice the width beside 16 bit, paired by tokens and seed (arXiv:2407.09527).
+
+    As a law without anything to fit: both have the same loss.
+    """
     by_point: dict[tuple[bool, float, Any, Any], list[float]] = {}
     for row in rows:
         width, share = number(row.get("model.d_model")), number(row.get("qat_fraction"))
@@ -230,30 +234,44 @@ def _capacity(rows: Sequence[Row]) -> dict[str, Any]:
             ternary = number(row.get("weight_bits")) < _TERNARY_BITS
             point = (ternary, width, row.get("tokens"), row.get("seed"))
             by_point.setdefault(point, []).append(number(row.get("valid_loss")))
-    groups: dict[tuple[float, Any], list[float]] = {}
+    groups: dict[tuple[float, Any], list[tuple[float, float]]] = {}
     for (ternary, width, tokens, seed), losses in by_point.items():
         twin = by_point.get((True, 2 * width, tokens, seed), [])
         if not ternary and len(losses) == len(twin) == 1:
-            groups.setdefault((width, tokens), []).append(twin[0] - losses[0])
+            groups.setdefault((width, tokens), []).append((losses[0], twin[0]))
     if not any(len(values) >= MIN_SEEDS for values in groups.values()):
         raise DataError(
             "law 'capacity' needs 16-bit runs and ternary runs of twice model.d_model, of equal "
             f"tokens and seed, {MIN_SEEDS} seeds or more; run configs/sweeps/width-doubling.yaml"
         )
-    return {
+    sixteen, ternary = np.array([pair for pairs in groups.values() for pair in pairs]).T
+    tree = {
         "law": "capacity",
-        "formula": "L(ternary, 2 w) - L(16 bit, w), equal tokens, paired by seed, Student's t",
+        "formula": _CAPACITY,
         "source": "arXiv:2407.09527 (b1.58 Reloaded)",
         "assumed": "",
+        "rows": len(ternary),
         "pairs": [
-            {"width": w, "tokens": tokens, "difference": _interval(values)}
-            for (w, tokens), values in sorted(groups.items())
+            {"width": w, "tokens": tokens, **_difference([b - a for a, b in pairs], resamples)}
+            for (w, tokens), pairs in sorted(groups.items())
         ],
+        "goodness": _plain(goodness_of(ternary, ternary - sixteen, 0)),
+        "bootstrap": f"seeds resampled, {resamples} times",
     }
+    return Report("capacity", tree, Points(sixteen, ternary, "valid_loss", _CAPACITY))
 
 
-def _interval(values: Sequence[float]) -> dict[str, float]:
-    return mean_interval(values)._asdict()
+def _difference(values: Sequence[float], resamples: int) -> dict[str, Any]:
+    """The mean, by Student's t, and the ends of the percentile bootstrap's interval."""
+    from scipy import stats
+
+    t = mean_interval(values)
+    if t.num_seeds < MIN_SEEDS:
+        return {"difference": t._asdict(), "bootstrap": None}
+    ends = stats.bootstrap(
+        (values,), np.mean, n_resamples=resamples, method="percentile", rng=0
+    ).confidence_interval
+    return {"difference": t._asdict(), "bootstrap": [float(ends.low), float(ends.high)]}
 
 
 def _plain(goodness: Goodness) -> dict[str, float | None]:
@@ -278,10 +296,11 @@ def show(report: Report) -> list[str]:
     if tree["assumed"]:
         lines.append(f"  assumed: {tree['assumed']}")
     for pair in tree.get("pairs", []):
-        d = pair["difference"]
+        d, ends = pair["difference"], pair["bootstrap"]
+        bootstrap = f"; bootstrap [{ends[0]:+.4f}, {ends[1]:+.4f}]" if ends else ""
         lines.append(
             f"  width {pair['width']:g}: {d['value']:+.4f} [{d['low']:+.4f}, {d['high']:+.4f}] "
-            f"nats, {d['num_seeds']} seeds, {pair['tokens']:,} tokens"
+            f"nats, {d['num_seeds']} seeds, {pair['tokens']:,} tokens{bootstrap}"
         )
     for name, value in tree.get("values", {}).items():
         lines.append(f"  {name} = {value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]")

@@ -324,12 +324,18 @@ def test_capacity_and_degradation_pair_what_belongs_together(tmp_path: Path) -> 
                              "parameters": parameters, "tokens": 1000, "weight_bits": bits,
                              "qat_fraction": share, "valid_loss": loss})  # fmt: skip
     table = write_csv(tmp_path / "table.csv", rows)
-    pairs = fit_table(table, "capacity").tree["pairs"]
+    report = fit_table(table, "capacity")
+    pairs = report.tree["pairs"]
     assert [pair["width"] for pair in pairs] == [32, 64]
     for pair in pairs:
         difference = pair["difference"]
         assert difference["low"] < 0.2 - math.log(2) / 4 < difference["high"]
         assert difference["high"] - difference["low"] < 0.1
+        low, high = pair["bootstrap"]
+        assert difference["low"] < low < difference["value"] < high < difference["high"]
+    assert report.points is not None and report.tree["rows"] == len(report.points.observed) == 10
+    residuals = report.points.observed - report.points.predicted
+    assert residuals.mean() == pytest.approx(np.mean([p["difference"]["value"] for p in pairs]))
     with pytest.raises(DataError, match="all rows have tokens = 1000"):
         fit_table(table, "qid")  # but the pairs were found
 
