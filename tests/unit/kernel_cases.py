@@ -39,10 +39,9 @@ def why_no_cpu_kernels() -> str | None:
     return None
 
 
-ON_CPU_KERNELS = [
-    pytest.mark.unit,
-    pytest.mark.skipif(why_no_cpu_kernels() is not None, reason=why_no_cpu_kernels() or ""),
-]
+NEEDS_CPU_KERNELS = pytest.mark.skipif(
+    why_no_cpu_kernels() is not None, reason=why_no_cpu_kernels() or ""
+)
 
 
 def among_nans(x: Tensor) -> Tensor:

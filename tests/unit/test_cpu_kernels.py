@@ -12,7 +12,7 @@ from kernel_cases import (
     HARD_ROWS,
     HARD_WEIGHTS,
     MEASURES,
-    ON_CPU_KERNELS,
+    NEEDS_CPU_KERNELS,
     among_nans,
     assert_same,
     error,
@@ -27,7 +27,11 @@ from bitscale.quant.kernels import (
 from bitscale.quant.kernels.table import Measure
 from bitscale.quant.reference import Int8Rows, Ternary
 
-pytestmark = [*ON_CPU_KERNELS, pytest.mark.usefixtures("poisoned_outputs")]
+pytestmark = [
+    pytest.mark.unit,
+    NEEDS_CPU_KERNELS,
+    pytest.mark.usefixtures("poisoned_outputs"),
+]
 
 
 # --- Weights ---

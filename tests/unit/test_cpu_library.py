@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import EPS, ON_CPU_KERNELS
+from kernel_cases import EPS, NEEDS_CPU_KERNELS
 
 from bitscale.errors import KernelUnavailable
 from bitscale.quant import kernels
 from bitscale.quant.kernels import cpu_library, get_kernels, plain
 
-pytestmark = ON_CPU_KERNELS
+pytestmark = [pytest.mark.unit, NEEDS_CPU_KERNELS]
 
 
 @pytest.fixture

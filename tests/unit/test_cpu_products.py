@@ -11,7 +11,7 @@ from kernel_cases import (
     EPS,
     INF,
     NAN,
-    ON_CPU_KERNELS,
+    NEEDS_CPU_KERNELS,
     SHAPES,
     among_nans,
     assert_at_most_twice_naive_bf16,
@@ -32,7 +32,11 @@ from bitscale.quant.kernels.linear import rms_norm_rows, ternary_linear
 from bitscale.quant.kernels.table import GradientBits
 from bitscale.quant.reference import Int8Rows, Ternary
 
-pytestmark = [*ON_CPU_KERNELS, pytest.mark.usefixtures("poisoned_outputs")]
+pytestmark = [
+    pytest.mark.unit,
+    NEEDS_CPU_KERNELS,
+    pytest.mark.usefixtures("poisoned_outputs"),
+]
 
 BITS = [8, 16, 24]
 
