@@ -53,9 +53,10 @@ test-all: test ## The slow tests, too
 quickstart: env ## Prepare, train, switch, export, evaluate on this machine (CORPUS=path: your text)
 	$(IN_ENV) launch/quickstart.sh $(if $(CORPUS),--corpus '$(CORPUS)')
 
-# About three hours on two idle cores; SCALE=h200 a larger one on GPUs. Interrupt it, run it again.
+# About three hours on two idle cores; SCALE=steady the same with a gentler start and other seeds,
+# SCALE=h200 a larger one on GPUs. Interrupt it, run it again.
 SCALE ?= small
-reproduce: env ## The claims of the papers, swept and judged (SCALE=small or h200, CORPUS=path)
+reproduce: env ## The claims of the papers, swept and judged (SCALE=small, steady or h200, CORPUS=path)
 	$(IN_ENV) launch/reproduce.sh --scale $(SCALE) $(if $(CORPUS),--corpus '$(CORPUS)')
 
 lint: env ## Check style, types, import layers and the Dockerfile

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The claims of the papers on this machine: eight sweeps, one table, one page of verdicts.
 #
-#   launch/reproduce.sh [--scale small|h200] [--corpus PATH] [--workers N]
+#   launch/reproduce.sh [--scale small|steady|h200] [--corpus PATH] [--workers N]
 #
 # PATH is a file or a folder of text; without it, what was prepared before, or else the documentation
 # of the running Python. Interrupt it when you like: the same command goes on. Runs, the page
-# (seed-claims.md) and its figures are in runs/reproduce or runs/reproduce-h200.
+# (seed-claims.md) and its figures are in runs/reproduce, runs/reproduce-steady or
+# runs/reproduce-h200.
 set -euo pipefail
 
-usage="usage: launch/reproduce.sh [--scale small|h200] [--corpus PATH] [--workers N]"
+usage="usage: launch/reproduce.sh [--scale small|steady|h200] [--corpus PATH] [--workers N]"
 corpus=builtin:python-docs
 corpus_given=
 scale=small
@@ -44,6 +45,11 @@ case $scale in
   small)
     out=runs/reproduce vocab=512
     scaled=()
+    ;;
+  steady)
+    out=runs/reproduce-steady vocab=512
+    scaled=(--over configs/sweeps/shared/steady.yaml --seeds 5-9
+      "data.corpora=[{path: $out/corpus}]")
     ;;
   h200)
     out=runs/reproduce-h200 vocab=4096

@@ -47,6 +47,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--out", type=Path, default=Path("runs/sweeps"), metavar="DIR",
                         help="runs and results (default: runs/sweeps)")  # fmt: skip
     parser.add_argument("--over", type=Path, metavar="FILE.yaml", help="goes over every base")
+    parser.add_argument("--seeds", default="", metavar="LIST", help="instead of the files': 0-4,7")
     parser.add_argument("--workers", type=int, metavar="N", help="runs at once (default: cores)")
     parser.add_argument("--disk-gib", type=_positive, metavar="N",
                         help="what all checkpoints may take at once")  # fmt: skip
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
     from bitscale.errors import ConfigError
     from bitscale.sweep import campaign as campaigns
+    from bitscale.sweep.spec import read_seeds
 
     if args.workers is not None and args.workers < 1:
         raise ConfigError(f"--workers {args.workers} trains nothing; give 1 or more")
@@ -94,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--table is for --report; leave it out to train")
     paths = [Path(item) for item in args.items if "=" not in item]
     overrides = [item for item in args.items if "=" in item] + args.overrides
-    campaign = campaigns.plan(paths, overrides, args.out, args.over)
+    seeds = read_seeds(args.seeds) if args.seeds else ()
+    campaign = campaigns.plan(paths, overrides, args.out, args.over, seeds)
     trains = not (args.dry_run or args.report or args.backend == "print")
     with campaigns.sole_trainer(campaign, enabled=trains):
         schedule = campaigns.make_schedule(campaign, shlex.split(args.launcher), args.disk_gib)

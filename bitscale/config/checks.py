@@ -350,6 +350,12 @@ def _check_ternary_gather(cfg: Config) -> None:
                 "engine.packed_codes=true with engine.ternary_gather=false, where codes are made "
                 "of 16-bit weights and never packed; set ternary_gather=true, or packed_codes=false"
             )
+        if cfg.engine.code_packing != "2bit":
+            raise ConfigError(
+                f"engine.code_packing={cfg.engine.code_packing!r} with "
+                "engine.ternary_gather=false, where no rank sends codes; set ternary_gather=true, "
+                "or leave code_packing out"
+            )
         return
     stage = cfg.engine.zero_stage
     if stage == 0:

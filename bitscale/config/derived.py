@@ -68,7 +68,7 @@ def moments_of(optim: OptimConfig) -> tuple[str, ...]:
 
 
 def packs_codes(cfg: Config) -> bool:
-    """Whether ranks keep the codes that they exchange in 2 bits; ZeRO-3 is chosen for memory."""
+    """Whether ranks keep the codes that they exchange packed; ZeRO-3 is chosen for memory."""
     wanted = cfg.engine.packed_codes
     return cfg.engine.ternary_gather and (cfg.engine.zero_stage == 3 if wanted is None else wanted)
 

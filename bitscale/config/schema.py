@@ -94,6 +94,7 @@ class ModelConfig(Section):
 
 
 Checkpointing = Literal["none", "selective", "full"]
+Packing = Literal["2bit", "base3"]
 PresetName = Literal[
     "b158",
     "hf",
@@ -278,10 +279,12 @@ class TrainConfig(Section):
 class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1  # DeepSpeed's ZeRO; 0 only with fp32
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
-    # fully ternary, ranks exchange 2-bit codes in place of 16-bit ternary matrices
+    # fully ternary, ranks exchange packed codes in place of 16-bit ternary matrices
     ternary_gather: bool = False
-    # with ternary_gather: codes are kept in 2 bits, not in int8; null: true at stage 3
+    # with ternary_gather: codes are kept packed, not in int8; null: true at stage 3
     packed_codes: bool | None = None
+    # with ternary_gather: 2 bits a code; base3: five codes to a byte, 1.6 bits
+    code_packing: Packing = "2bit"
     num_threads: NonNegativeInt = 0  # CPU threads per rank; 0: cores / local ranks
     deepspeed: dict[str, Any] = {}  # raw DeepSpeed keys, merged on top of the derived ones
 

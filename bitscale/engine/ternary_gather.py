@@ -3,7 +3,7 @@
 DeepSpeed keeps all matrices in one flat 16-bit tensor on every rank, and gathers it after each
 update. At λ = 1 the layers read codes and a scale only. Then this class takes the flat tensor away,
 leaves its group out of DeepSpeed's gather, and hands the layers codes that ranks have made of their
-own masters and exchanged in two bits (quant/sharded.py). As soon as λ is another the flat tensor
+own masters and exchanged packed (quant/sharded.py). As soon as λ is another the flat tensor
 comes back, from the masters. All of it happens before a forward pass that needs it, in `prepare`.
 
 It knows DeepSpeed's internal layout, as fragments.py does (measured with 0.19.8).
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bitscale.config import Packing
 from bitscale.model.bitlinear import QuantizedLinear
 from bitscale.quant.schedule import TERNARY
 from bitscale.quant.sharded import gather_codes, gather_matrix, partitioned
@@ -35,11 +36,13 @@ class TernaryGather:
         scale_group: dist.ProcessGroup | None,
         *,
         packed: bool,
+        packing: Packing,
     ) -> None:
         """`wrapper`: DeepSpeed's optimizer object; `optimizer`: torch's, inside it.
 
         `layers`: those whose weights are the group; `scale_group`: the ranks that share them;
-        `packed`: the layers keep their codes in two bits, and unpack them for each pass.
+        `packed`: the layers keep their codes as they were sent (`packing`: in 2 or 1.6 bits),
+        and unpack them for each pass.
         """
         self._layers, self._scale_group = list(layers), scale_group
         self._wrapper, self._index = wrapper, group_index
@@ -53,7 +56,12 @@ class TernaryGather:
         group = wrapper.real_dp_process_group[group_index]
         shapes = [v.shape for v in views]
         self._layout = partitioned(
-            shapes, self._starts, self._partitions[0].numel(), group, self._flat.device
+            shapes,
+            self._starts,
+            self._partitions[0].numel(),
+            group,
+            self._flat.device,
+            packing,
         )
         self._dtype, self._num_bytes = self._flat.dtype, self._flat.untyped_storage().nbytes()
         # What the weights show while they are not there: one NaN, seen as a matrix. Whoever reads

@@ -3,7 +3,7 @@
 DeepSpeed gathers the weights of each module in 16 bit before it runs, forward and backward, and
 drops them afterwards. At λ = 1 the layers read codes and a scale only. Then this class declares
 their weights to be there already, and in use until the update, so that nothing fetches or drops
-them; it hands the layers codes that ranks have made of their own shares and exchanged in two bits,
+them; it hands the layers codes that ranks have made of their own shares and exchanged packed,
 once a step (quant/sharded.py). The shares, masters and gradients are DeepSpeed's, as they were.
 
 It knows DeepSpeed's internal layout, as fragments.py does (measured with 0.19.8).
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bitscale.config import Packing
 from bitscale.model.bitlinear import QuantizedLinear
 from bitscale.quant.schedule import TERNARY
 from bitscale.quant.sharded import gather_codes, partitioned_each
@@ -35,9 +36,11 @@ class TernaryZero3:
         scale_group: dist.ProcessGroup | None,
         *,
         packed: bool,
+        packing: Packing,
     ) -> None:
         """`wrapper`: DeepSpeed's optimizer object; `scale_group`: the ranks that share matrices;
-        `packed`: the layers keep their codes in two bits, and unpack them for each pass.
+        `packed`: the layers keep their codes as they were sent (`packing`: in 2 or 1.6 bits),
+        and unpack them for each pass.
         """
         self._wrapper, self._layers, self._packed = wrapper, list(layers), packed
         self._scale_group = scale_group
@@ -53,6 +56,7 @@ class TernaryZero3:
             [int(share.storage_offset() - buffer.storage_offset()) for share in shares],
             self._weights[0].ds_process_group,
             buffer.device,
+            packing,
         )
         # What the weights show while their codes are there: one NaN, seen as a matrix. Whoever
         # reads it notices.

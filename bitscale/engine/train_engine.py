@@ -187,12 +187,19 @@ class TrainEngine:
         layers = [layer for _, layer in bit_linears(self.module) if layer.weight.requires_grad]
         if not layers:
             return None
-        packed, scale_group = packs_codes(self.cfg), self.mesh.tp_group
+        scale_group = self.mesh.tp_group
+        packed, packing = packs_codes(self.cfg), self.cfg.engine.code_packing
         if self.stage == 3:
-            return TernaryZero3(self._wrapper, layers, scale_group, packed=packed)
+            return TernaryZero3(self._wrapper, layers, scale_group, packed=packed, packing=packing)
         (index,) = [i for i, g in enumerate(self._optimizer.param_groups) if g["ternary"]]
         return TernaryGather(
-            self._wrapper, self._optimizer, index, layers, scale_group, packed=packed
+            self._wrapper,
+            self._optimizer,
+            index,
+            layers,
+            scale_group,
+            packed=packed,
+            packing=packing,
         )
 
     def _fetch_weights(self) -> None:

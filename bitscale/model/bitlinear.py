@@ -24,7 +24,8 @@ from bitscale.model.norms import BlendedNorm, RMSNorm
 from bitscale.quant.kernels import Kernels, Measure, get_kernels, log_specification
 from bitscale.quant.kernels.linear import ternary_linear
 from bitscale.quant.learned import initial_scale
-from bitscale.quant.pack import PackedTernary, unpack_2bit, unpack_base3
+from bitscale.quant.pack import unpack_2bit, unpack_base3
+from bitscale.quant.packed_matrix import PackedTernary
 from bitscale.quant.quantizer import Codes
 from bitscale.quant.reference import (
     Int8Rows,

@@ -39,7 +39,7 @@ from bitscale.model.collectives import (
 )
 from bitscale.quant.kernels.linear import keep_for_grads, ternary_linear, unpacked
 from bitscale.quant.kernels.table import Kernels
-from bitscale.quant.pack import PackedTernary
+from bitscale.quant.packed_matrix import PackedTernary
 from bitscale.quant.reference import (
     MAX_EXACT_INPUTS,
     Int8Rows,

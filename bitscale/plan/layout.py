@@ -112,6 +112,11 @@ class Layout:
             return 0
         return self.parameters(stage).matrices
 
+    @property
+    def packed_code_bytes(self) -> float:
+        """Of a code that ranks exchange."""
+        return 0.25 if self.cfg.engine.code_packing == "2bit" else 0.2
+
     def tied_copy(self, stage: Stage) -> int:
         """Elements of the last stage's copy of the embedding, which no optimizer of it holds."""
         has_copy = self.cfg.model.tie_embeddings and self.pp > 1 and stage.has_head

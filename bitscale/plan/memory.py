@@ -213,7 +213,7 @@ def _copies(layout: Layout, stage: Stage, phase: Phase) -> float:
     if is_zero3 or layout.spec.weight.rounding == "stochastic":
         a_step, a_pass = 0, unprepared
     if are_exchanged and packs_codes(cfg):
-        a_step = 0.25
+        a_step = layout.packed_code_bytes
     again = cost.recomputed_matrices(cfg.model, cfg.train.activation_checkpointing, layout.tp)
     num_blocks = stage.in_flight * stage.num_layers
     kept = matrices * stage.in_flight - again * (num_blocks - (num_blocks > 0))

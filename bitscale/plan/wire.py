@@ -62,7 +62,7 @@ def _data_parallel(layout: Layout, stage: Stage, phase: Phase) -> Iterator[Traff
         # Stage 2 too: DeepSpeed reduces a bucket whole and keeps its share.
         yield over("gradients", "all-reduce", gradients, zero == 2)
     num_codes = layout.exchanged_codes(stage, phase)
-    yield over("2-bit codes", "gather", num_codes / 4, False)
+    yield over("packed codes", "gather", num_codes * layout.packed_code_bytes, False)
     if zero in (1, 2):
         updated = float(layout.bytes * (num_elements - num_codes))
         yield over("updated weights", "gather", updated, False)

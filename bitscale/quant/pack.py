@@ -14,50 +14,13 @@ logged), "cpu" (C, or an error) or "reference" (the plain PyTorch below, the spe
 Shapes: F rows, D columns.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from bitscale.quant.kernels import get_kernels
-from bitscale.quant.reference import Ternary
 
 NOT_TERNARY = "codes outside {-1, 0, 1} do not fit into a ternary layout"
 TRITS_PER_BYTE = 5
-CODES_PER_BYTE = 4
-
-
-class PackedTernary(NamedTuple):
-    """A matrix in two bits a code, as consecutive flat pieces, and its scale."""
-
-    # uint8 [n, B]: n pieces of equal size, each of `pack_2bit` as 4 rows, padded at its end.
-    pieces: tuple[Tensor, ...]
-    sizes: tuple[int, ...]  # codes in each of these tensors
-    shape: torch.Size
-    scale: Tensor  # fp32 scalar
-
-    def unpack(self) -> Ternary:
-        """int8 codes in memory of their own."""
-        codes = self.scale.new_empty(self.shape.numel(), dtype=torch.int8)
-        parts = torch.split(codes, list(self.sizes))
-        for packed_nB, part in zip(self.pieces, parts, strict=True):
-            _unpack_pieces(packed_nB, part.view(packed_nB.shape[0], -1))
-        return Ternary(codes.view(self.shape), self.scale)
-
-
-def _unpack_pieces(packed_nB: Tensor, codes_nS: Tensor) -> None:
-    """Each row of bytes into a row of codes, which ends where its padding begins."""
-    num_pieces, size = codes_nS.shape
-    if num_pieces > 1 and not runs_in_c(packed_nB, "auto"):
-        # PyTorch's operators are started once for all pieces.
-        fields_4nB = unpack_2bit(packed_nB, checked=False).view(CODES_PER_BYTE, num_pieces, -1)
-        codes_nS.copy_(fields_4nB.transpose(0, 1).flatten(1)[:, :size])
-        return
-    for packed_B, codes_S in zip(packed_nB, codes_nS, strict=True):
-        if size % CODES_PER_BYTE:
-            codes_S.copy_(unpack_2bit(packed_B[None], checked=False).flatten()[:size])
-        else:
-            unpack_2bit(packed_B[None], checked=False, out=codes_S.view(CODES_PER_BYTE, -1))
 
 
 def pack_2bit(
@@ -100,8 +63,10 @@ def unpack_2bit(
     return written(fields.to(torch.int8) - 1, out)
 
 
-def pack_base3(codes_FD: Tensor, *, kernel: str = "auto", out: Tensor | None = None) -> Tensor:
-    """int8 codes in {-1, 0, 1} -> uint8 [F, ceil(D/5)], in `out` if given.
+def pack_base3(
+    codes_FD: Tensor, *, kernel: str = "auto", out: Tensor | None = None, checked: bool = True
+) -> Tensor:
+    """int8 codes in {-1, 0, 1} -> uint8 [F, ceil(D/5)], in `out` if given; `checked` as above.
 
     Raises ValueError if a code is not ternary.
     """
@@ -109,7 +74,7 @@ def pack_base3(codes_FD: Tensor, *, kernel: str = "auto", out: Tensor | None = N
         from bitscale.quant.kernels import cpu_pack
 
         return valid(cpu_pack.pack_base3(codes_FD, out), NOT_TERNARY)
-    trits_FD = trits_of(codes_FD)
+    trits_FD = trits_of(codes_FD) if checked else (codes_FD + 1).view(torch.uint8)
     rows, columns = trits_FD.shape
     width = base3_width(columns)
     padding = trits_FD.new_ones(rows, TRITS_PER_BYTE * width - columns)
@@ -118,9 +83,14 @@ def pack_base3(codes_FD: Tensor, *, kernel: str = "auto", out: Tensor | None = N
 
 
 def unpack_base3(
-    packed: Tensor, columns: int, *, kernel: str = "auto", out: Tensor | None = None
+    packed: Tensor,
+    columns: int,
+    *,
+    kernel: str = "auto",
+    out: Tensor | None = None,
+    checked: bool = True,
 ) -> Tensor:
-    """uint8 [F, ceil(D/5)] and D = `columns` -> int8 codes [F, D].
+    """uint8 [F, ceil(D/5)] and D = `columns` -> int8 codes [F, D]; `checked` as above.
 
     Raises ValueError if the width does not fit, or on a byte that is no five trits.
     """
@@ -133,8 +103,8 @@ def unpack_base3(
         from bitscale.quant.kernels import cpu_pack
 
         return valid(cpu_pack.unpack_base3(packed, columns, out), reason)
-    trits = byte_to_five(packed, reason).flatten(1)
-    if bool((trits[:, columns:] != 1).any()):
+    trits = byte_to_five(packed, reason if checked else None).flatten(1)
+    if checked and bool((trits[:, columns:] != 1).any()):
         raise ValueError(reason)
     return written(trits[:, :columns].to(torch.int8) - 1, out)
 
@@ -152,11 +122,12 @@ def five_to_byte(trits: Tensor) -> Tensor:
     return ((256 * value + 242) // 243).to(torch.uint8)
 
 
-def byte_to_five(packed: Tensor, reason: str) -> Tensor:
-    """uint8 [..., W] -> [..., 5, W]. ValueError(reason) on a byte that packing never gives."""
+def byte_to_five(packed: Tensor, reason: str | None) -> Tensor:
+    """uint8 [..., W] -> [..., 5, W]. ValueError(reason) on a byte that packing never gives, unless
+    `reason` is None: nothing is checked then."""
     fraction, trits = packed.to(torch.int32), []
     # 243 q = 256 v + r, and q = ceil(256 v / 243) exactly if r < 243.
-    if bool((243 * fraction % 256 >= 243).any()):
+    if reason is not None and bool((243 * fraction % 256 >= 243).any()):
         raise ValueError(reason)
     for _ in range(TRITS_PER_BYTE):
         trits.append((3 * fraction >> 8).to(torch.uint8))

@@ -2,9 +2,9 @@
 
 ZeRO-1 and 2 cut one flat tensor, in which the matrices lie one after the other, into a partition
 for each rank, anywhere; ZeRO-3 cuts each matrix into equal shares. Each rank quantizes what it
-has, and packed codes travel instead of 16-bit weights:
-two bits an element, and one fp64 sum a matrix for its scale (absmean), which is exact in any order
-(`exact_sum`), so that codes and scales are bitwise those of the whole matrix on one rank.
+has, and packed codes travel instead of 16-bit weights: 1.6 or 2 bits an element, and one fp64 sum a
+matrix for its scale (absmean), which is exact in any order (`exact_sum`), so that codes and scales
+are bitwise those of the whole matrix on one rank.
 
 Shapes: M matrices; N elements of this rank's partition; R ranks; B bytes that a rank sends.
 """
@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bitscale.config import Packing
 from bitscale.quant.kernels import cpu_rows
-from bitscale.quant.pack import CODES_PER_BYTE, PackedTernary, pack_2bit, runs_in_c
+from bitscale.quant.pack import runs_in_c
+from bitscale.quant.packed_matrix import PackedTernary, pack_piece, packed_bytes
 from bitscale.quant.quantizer import exact_sum
 
 # Elements that are quantized at a time: a rounded copy of each, and in PyTorch one of 8 bytes.
@@ -33,15 +35,12 @@ class Piece(NamedTuple):
     numel: int
     rank: int
     place: int  # in the rank's partition
-    byte: int  # where its packed codes begin in what the rank sends
+    byte: int = 0  # where its packed codes begin in what the rank sends
+    num_bytes: int = 0  # of them
 
     def of(self, partition_N: Tensor) -> Tensor:
         """The piece's elements, [numel], of its rank's partition."""
         return partition_N[self.place : self.place + self.numel]
-
-    @property
-    def num_bytes(self) -> int:
-        return -(-self.numel // CODES_PER_BYTE)
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ class Partitioned:
     counts_M: Tensor  # fp64 elements of each matrix, where the partition is
     pieces: tuple[Piece, ...]
     num_bytes: int  # that every rank sends: those of the rank with the most
+    packing: Packing
     group: dist.ProcessGroup
     rank: int
 
@@ -70,6 +70,7 @@ def partitioned(
     partition_size: int,
     group: dist.ProcessGroup,
     device: torch.device,
+    packing: Packing = "2bit",
 ) -> Partitioned:
     """Matrices of `shapes` that begin at `starts` of a flat tensor on `device`, cut every
     `partition_size` elements."""
@@ -79,9 +80,9 @@ def partitioned(
         while position < end:
             rank, place = divmod(position, partition_size)
             numel = min(end - position, partition_size - place)
-            pieces.append(Piece(matrix, position - first, numel, rank, place, 0))
+            pieces.append(Piece(matrix, position - first, numel, rank, place))
             position += numel
-    return _laid_out(shapes, pieces, group, device)
+    return _laid_out(shapes, pieces, group, device, packing)
 
 
 def partitioned_each(
@@ -89,6 +90,7 @@ def partitioned_each(
     places: Sequence[int],
     group: dist.ProcessGroup,
     device: torch.device,
+    packing: Packing = "2bit",
 ) -> Partitioned:
     """Matrices of `shapes`, each cut into equal shares, of which the last ranks' may be shorter or
     empty; the share of matrix i begins at `places[i]` of every rank's partition, on `device`."""
@@ -98,8 +100,8 @@ def partitioned_each(
         for rank in range(group.size()):
             numel = min(share, shape.numel() - rank * share)
             if numel > 0:
-                pieces.append(Piece(matrix, rank * share, numel, rank, place, 0))
-    return _laid_out(shapes, pieces, group, device)
+                pieces.append(Piece(matrix, rank * share, numel, rank, place))
+    return _laid_out(shapes, pieces, group, device, packing)
 
 
 def _laid_out(
@@ -107,14 +109,18 @@ def _laid_out(
     pieces: Sequence[Piece],
     group: dist.ProcessGroup,
     device: torch.device,
+    packing: Packing,
 ) -> Partitioned:
     """`pieces` with their places in what each rank sends."""
     placed, sent = [], [0] * group.size()
     for piece in pieces:
-        placed.append(piece._replace(byte=sent[piece.rank]))
-        sent[piece.rank] += piece.num_bytes
+        num_bytes = packed_bytes(piece.numel, packing)
+        placed.append(piece._replace(byte=sent[piece.rank], num_bytes=num_bytes))
+        sent[piece.rank] += num_bytes
     counts_M = torch.tensor([shape.numel() for shape in shapes], dtype=torch.float64, device=device)
-    return Partitioned(tuple(shapes), counts_M, tuple(placed), max(sent), group, group.rank())
+    return Partitioned(
+        tuple(shapes), counts_M, tuple(placed), max(sent), packing, group, group.rank()
+    )
 
 
 def gather_codes(
@@ -134,7 +140,8 @@ def gather_codes(
     scales_M = _scales(masters_N, layout, dtype, eps, scale_group)
     sent_B = masters_N.new_empty(layout.num_bytes, dtype=torch.uint8)
     for piece in layout.own():
-        _pack(_codes_of(piece, masters_N, scales_M, dtype), sent_B, piece)
+        codes = _codes_of(piece, masters_N, scales_M, dtype)
+        pack_piece(codes, layout.packing, sent_B[piece.byte : piece.byte + piece.num_bytes])
     packed_RB = sent_B[None]
     if layout.num_ranks > 1:
         packed_RB = sent_B.new_empty((layout.num_ranks, layout.num_bytes))
@@ -148,6 +155,7 @@ def gather_codes(
             tuple(n * p.numel for p, n in runs),
             shape,
             scale,
+            layout.packing,
         )
         for runs, shape, scale in zip(
             (list(_runs(own)) for own in pieces), layout.shapes, scales_M.unbind(), strict=True
@@ -240,11 +248,3 @@ def _write_codes(w_N: Tensor, scale: Tensor, codes_N: Tensor) -> None:
     twice_N = w_N.float() * 2.0
     is_plus, is_minus = twice_N > scale, -twice_N > scale
     torch.sub(is_plus.view(torch.int8), is_minus.view(torch.int8), out=codes_N)
-
-
-def _pack(codes: Tensor, sent_B: Tensor, piece: Piece) -> None:
-    missing = -piece.numel % CODES_PER_BYTE
-    if missing:
-        codes = torch.nn.functional.pad(codes, (0, missing))
-    out = sent_B[piece.byte : piece.byte + piece.num_bytes].view(1, -1)
-    pack_2bit(codes.view(CODES_PER_BYTE, -1), checked=False, out=out)

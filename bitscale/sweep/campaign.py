@@ -28,6 +28,7 @@ class Campaign:
     cells: tuple[Cell, ...]
     runs: tuple[Run, ...]
     store: Store
+    over: Path | None = None  # what goes over every base
 
     @property
     def names(self) -> dict[str, str]:
@@ -41,18 +42,22 @@ class Campaign:
 
 
 def plan(
-    paths: Sequence[Path], overrides: Sequence[str], out: Path, over: Path | None = None
+    paths: Sequence[Path],
+    overrides: Sequence[str],
+    out: Path,
+    over: Path | None = None,
+    seeds: Sequence[int] = (),
 ) -> Campaign:
     """Read and expand every file (a directory stands for its *.yaml); everything is checked.
 
-    `over` and then `overrides` go over the bases of all.
+    `over` and then `overrides` go over the bases of all; `seeds` take the place of each file's.
 
     Raises ConfigError or DataError, before anything is trained.
     """
-    sweeps = [read_sweep(path, overrides, over) for path in sweep_paths(list(paths))]
+    sweeps = [read_sweep(path, overrides, over, seeds) for path in sweep_paths(list(paths))]
     check_names(sweeps)
     cells = [cell for sweep in sweeps for cell in expand(sweep)]
-    return Campaign(tuple(sweeps), tuple(cells), tuple(plan_runs(cells)), Store(out))
+    return Campaign(tuple(sweeps), tuple(cells), tuple(plan_runs(cells)), Store(out), over)
 
 
 def sole_trainer(campaign: Campaign, *, enabled: bool = True) -> AbstractContextManager[None]:

@@ -63,11 +63,13 @@ def _head(campaign: Campaign, rows: Sequence[Row]) -> list[str]:
     versions = sorted({row["versions"] for row in done if row["versions"]})
     days = sorted({row["sweep_started"][:10] for row in done if row["sweep_started"]})
     unique = {row["hash"]: row["train_seconds"] or 0 for row in done}
+    seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
+    over = f", `{campaign.over}` over every base" if campaign.over else ""
     return [
         f"Written by `bitscale sweep ... --report --claims` from {len(done)} finished cells of "
         f"{len(rows)} ({len(unique)} runs, {format_duration(sum(unique.values()))} of training "
-        f"steps); {', '.join(days) or 'nothing yet'}; commit {', '.join(commits) or '?'}; "
-        f"{'; '.join(versions)}."
+        f"steps), seeds {seeds}{over}; {', '.join(days) or 'nothing yet'}; "
+        f"commit {', '.join(commits) or '?'}; {'; '.join(versions)}."
     ]
 
 

@@ -127,10 +127,29 @@ class Sweep(BaseModel):
     tree: dict[str, Any]  # of the base, with the command line's overrides
 
 
-def read_sweep(path: Path, overrides: Sequence[str] = (), over: Path | None = None) -> Sweep:
+def read_seeds(text: str) -> tuple[int, ...]:
+    """`5-9,12` -> (5, 6, 7, 8, 9, 12). Raises ConfigError."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        ends = part.strip().split("-")
+        if len(ends) > 2 or not all(end.isascii() and end.isdecimal() for end in ends):
+            raise ConfigError(f"--seeds {text!r} is not of the form 0-4 or 0,1,2")
+        found = range(int(ends[0]), int(ends[-1]) + 1)
+        if not found or set(found) & set(seeds):
+            raise ConfigError(f"--seeds {text!r}: the smaller number comes first, each seed once")
+        seeds += found
+    return tuple(seeds)
+
+
+def read_sweep(
+    path: Path,
+    overrides: Sequence[str] = (),
+    over: Path | None = None,
+    seeds: Sequence[int] = (),
+) -> Sweep:
     """Read `path` and its base; the file `over` and then `overrides` (KEY=VALUE) go over the base.
 
-    Raises ConfigError, naming file and key.
+    `seeds` take the place of the file's. Raises ConfigError, naming file and key.
     """
     content = read_yaml(path)
     try:
@@ -138,6 +157,9 @@ def read_sweep(path: Path, overrides: Sequence[str] = (), over: Path | None = No
         spec = SweepSpec.model_validate_json(json.dumps(content))
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error, SweepSpec)}") from error
+    if seeds:
+        values = spec.seeds.model_copy(update={"values": tuple(seeds)})
+        spec = spec.model_copy(update={"seeds": values})
     names = [spec.base] if isinstance(spec.base, str) else spec.base
     tree: dict[str, Any] = {}
     for name in names:

@@ -47,7 +47,7 @@ CASES = {
     "stage 1, bf16": (1, "bf16", {}, "none"),
     "stage 2, bf16": (2, "bf16", {}, "full"),
     "stage 1, bf16, codes": (1, "bf16", {}, "none"),
-    "stage 2, bf16, packed codes": (2, "bf16", {}, "full"),
+    "stage 2, bf16, packed codes in base 3": (2, "bf16", {}, "full"),
     "stage 3, small weights kept": (3, "bf16", {}, "none"),
     "stage 3, half kept": (3, "bf16", HALF_KEPT, "none"),
     "stage 3, nothing kept, recomputed": (3, "bf16", FORGETFUL, "full"),
@@ -141,7 +141,7 @@ def live_bytes(engine: TrainEngine) -> Counter[str]:
 
 
 def config(
-    stage: int, dtype: str, zero: dict[str, int], checkpointing: str, **engine: bool
+    stage: int, dtype: str, zero: dict[str, int], checkpointing: str, **engine: bool | str
 ) -> Config:
     zero = {"reduce_bucket_size": BUCKET} | zero
     return tiny_config(
@@ -200,7 +200,8 @@ def test_bytes_that_live_and_bytes_that_are_sent(
 ) -> None:
     stage, dtype, zero, checkpointing = CASES[case]
     codes = {"ternary_gather": "codes" in case, "packed_codes": "packed" in case}
-    cfg = config(stage, dtype, zero, checkpointing, **codes)
+    packing = {"code_packing": "base3"} if "base 3" in case else {}
+    cfg = config(stage, dtype, zero, checkpointing, **codes, **packing)
     most, sent, kept = world_of(2).run(measure, cfg, corpus_prefix)[0]
     memory, payload, checkpoint = planned(cfg)
     expected = dict(memory.parts)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -25,14 +25,14 @@ from torch import Tensor
 from world import World
 
 from bitscale import checkpoint
-from bitscale.config import Config, num_kv_heads
+from bitscale.config import Config, Packing, num_kv_heads
 from bitscale.data.batches import evaluation_batches
 from bitscale.data.shards import TokenShard
 from bitscale.engine import TrainEngine
 from bitscale.engine.ternary_gather import TernaryGather
 from bitscale.mesh import Mesh, share_model
 from bitscale.model.bitlinear import bit_linears, set_strength
-from bitscale.quant import pack, sharded
+from bitscale.quant import pack, packed_matrix, sharded
 from bitscale.quant.kernels import get_kernels
 from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY
 from bitscale.telemetry import TernaryTelemetry
@@ -65,6 +65,7 @@ class Case(NamedTuple):
     pp: int = 1
     schedule: str = "1f1b"
     packed: bool | None = False
+    packing: str = "2bit"
     kept: str = "all"
     checkpointing: str = "none"
 
@@ -74,26 +75,29 @@ class Case(NamedTuple):
         parallel = {"tp": self.tp, "pp": self.pp, "pipeline_schedule": self.schedule}
         changes: dict[str, Any] = {"model": {"num_layers": 4}} if self.pp > 1 else {}
         raw = {"deepspeed": {"zero_optimization": KEPT[self.kept]}} if self.stage == 3 else {}
+        codes = {"packed_codes": self.packed, "code_packing": self.packing}
         return make(
             self.stage,
             self.dtype,
             parallel=parallel,
-            engine=raw | (ON | {"packed_codes": self.packed} if on else {}),
+            engine=raw | (ON | codes if on else {}),
             train={"activation_checkpointing": self.checkpointing},
             **changes,
         )
 
 
 def cases() -> list[Any]:
-    quick = [Case(1, 1, "fp32"), Case(2, 1, "bf16"), Case(4, 2, "bf16", packed=True)]
+    quick = [Case(1, 1, "fp32"), Case(2, 1, "bf16"), Case(4, 2, "bf16", packed=True, packing="base3")]
     quick += [Case(2, 3, "bf16", packed=None, kept="some", checkpointing="full")]
     every = [Case(n, s, d) for n in (1, 2, 4) for s in (1, 2) for d in ("bf16", "fp32")]
     shared = [Case(2, 1, "bf16", tp=2), Case(4, 2, "bf16", tp=2), Case(4, 1, "bf16", pp=2)]
     shared += [Case(4, 1, "bf16", tp=2, pp=2), Case(2, 1, "bf16", pp=2, schedule="dualpipev")]
     shared += [Case(4, 1, "bf16", tp=2, packed=True), Case(4, 1, "bf16", pp=2, packed=True)]
+    shared += [Case(4, 2, "bf16", packed=True)]
     zero3 = [Case(n, 3, d, kept=k) for n, k in ((1, "all"), (2, "some")) for d in ("bf16", "fp32")]
     zero3 += [Case(4, 3, d, packed=None, kept=k) for d, k in (("bf16", "some"), ("fp32", "none"))]
     zero3 += [Case(2, 3, "bf16", packed=True, kept="none", checkpointing="selective")]
+    zero3 += [Case(2, 3, "bf16", packed=p, packing="base3", kept="some") for p in (None, False)]
     zero3 += [Case(4, 3, "bf16", tp=2, packed=None, kept="none"), Case(2, 3, "fp32", tp=2)]
     slow = [case for case in every if case not in quick] + shared + zero3
     return quick + [pytest.param(case, marks=pytest.mark.slow) for case in slow]
@@ -263,18 +267,17 @@ def sent_in_a_ternary_step(mesh: Mesh, cfg: Config, corpus: Path) -> tuple[int, 
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_bits_a_weight_are_sent_and_no_sixteen(
+def test_two_bits_a_weight_are_sent_or_fewer_and_no_sixteen(
     world_of: Callable[[int], World], corpus_prefix: Path, stage: int
 ) -> None:
-    sent = {}
-    for on in (False, True):
-        cfg = tiny_config(stage, "bf16", engine=ON if on else {})
-        (sent[on], num_ternary, num_others), _ = world_of(2).run(
+    for engine, num_codes in (({}, 0), (ON, 4), (ON | {"code_packing": "base3"}, 5)):
+        cfg = tiny_config(stage, "bf16", engine=engine)
+        (sent, num_ternary, num_others), _ = world_of(2).run(
             sent_in_a_ternary_step, cfg, corpus_prefix
         )
-    padding = 64
-    assert 0 <= sent[False] - 2 * (num_ternary + num_others) <= padding
-    assert 0 <= sent[True] - (num_ternary // 4 + 2 * num_others) <= padding
+        of_ternary = num_ternary // num_codes if num_codes else 2 * num_ternary
+        # What pads the ends of shares and packed pieces.
+        assert 0 <= sent - (of_ternary + 2 * num_others) <= 64, engine
 
 
 # --- Codes of any cut ---
@@ -300,12 +303,16 @@ def check_cuts(mesh: Mesh) -> None:
         for size in (-(-flat.numel() // 4), -(-flat.numel() // 2), flat.numel(), 1601):
             padded = torch.nn.functional.pad(flat, (0, 4 * size - flat.numel()))
             own = padded[mesh.rank * size : (mesh.rank + 1) * size]
-            layout = sharded.partitioned([m.shape for m in whole], starts, size, group, own.device)
-            check_layout(own, layout, dtype)
-        check_shares(mesh, dtype)
+            for packing in get_args(Packing):
+                layout = sharded.partitioned(
+                    [m.shape for m in whole], starts, size, group, own.device, packing
+                )
+                check_layout(own, layout, dtype)
+        for packing in get_args(Packing):
+            check_shares(mesh, dtype, packing)
 
 
-def check_shares(mesh: Mesh, dtype: torch.dtype) -> None:
+def check_shares(mesh: Mesh, dtype: torch.dtype, packing: Packing) -> None:
     """Each matrix cut for itself; the padding of a share may be anything. Some ranks have none."""
     shares, places = [], []
     for matrix in matrices():
@@ -317,7 +324,7 @@ def check_shares(mesh: Mesh, dtype: torch.dtype) -> None:
     own = torch.cat(shares)
     shapes = [matrix.shape for matrix in matrices()]
     group = torch.distributed.group.WORLD
-    layout = sharded.partitioned_each(shapes, places, group, own.device)
+    layout = sharded.partitioned_each(shapes, places, group, own.device, packing)
     assert [sum(p.rank == rank for p in layout.pieces) for rank in range(4)] == [8, 8, 7, 4]
     check_layout(own, layout, dtype)
 
@@ -335,11 +342,14 @@ def check_layout(own: Tensor, layout: sharded.Partitioned, dtype: torch.dtype) -
 def check_cuts_with_and_without_c(mesh: Mesh) -> None:
     check_cuts(mesh)
     in_c = sharded.runs_in_c
-    sharded.runs_in_c = pack.runs_in_c = lambda tensor, kernel: False
+    modules: list[Any] = [sharded, pack, packed_matrix]
+    for module in modules:
+        module.runs_in_c = lambda tensor, kernel: False
     try:
         check_cuts(mesh)
     finally:
-        sharded.runs_in_c = pack.runs_in_c = in_c
+        for module in modules:
+            module.runs_in_c = in_c
 
 
 def test_codes_of_any_cut_are_those_of_the_whole(world_of: Callable[[int], World]) -> None:

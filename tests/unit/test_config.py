@@ -193,6 +193,7 @@ def changed(value: Any, key: str) -> Any:
         "transition.guard.action": "skip_batch",
         "engine.device": "cpu",
         "engine.packed_codes": True,
+        "engine.code_packing": "base3",
         "engine.zero_stage": 2,
         "model.d_model": 64,
         "model.norm": "layernorm",
@@ -238,7 +239,7 @@ def test_hash_changes_with_every_key_that_can_change_results(make_config: MakeCo
             other["parallel"]["tp"] = 2
         if key == "transition.guard.action":
             other["checkpoint"]["every"] = 5
-        if key == "engine.packed_codes":
+        if key in ("engine.packed_codes", "engine.code_packing"):
             other["engine"]["ternary_gather"] = True
         if key == "parallel.pipeline_schedule":
             other["parallel"]["pp"], other["model"]["num_layers"] = 2, 4

@@ -131,6 +131,10 @@ COMBINATION_ERRORS = {
         ["engine.packed_codes=true"],
         ["engine.packed_codes=true", "engine.ternary_gather=false", "set ternary_gather=true"],
     ),
+    "packing of codes that nobody sends": (
+        ["engine.code_packing=base3"],
+        ["engine.code_packing='base3'", "engine.ternary_gather=false", "set ternary_gather=true"],
+    ),
     "ternary gather of shares in main memory": (
         [
             *("engine.ternary_gather=true", "engine.zero_stage=3"),

@@ -13,7 +13,7 @@ from bitscale.model import cost
 from bitscale.sweep.campaign import plan
 from bitscale.sweep.expand import Cell, expand
 from bitscale.sweep.expression import evaluate
-from bitscale.sweep.spec import read_sweep
+from bitscale.sweep.spec import read_seeds, read_sweep
 from bitscale.sweep.trunks import Beginnings, Fork, plan_runs
 
 pytestmark = pytest.mark.unit
@@ -219,6 +219,23 @@ def test_a_wrong_claim(claim: dict[str, object], message: str, write: Write) -> 
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [("5", (5,)), ("5-9", (5, 6, 7, 8, 9)), ("0-1,7, 12", (0, 1, 7, 12)), ("2,0", (2, 0))],
+)
+def test_seeds_of_the_command_line(text: str, seeds: tuple[int, ...], write: Write) -> None:
+    path = write(seeds={"values": [0, 1], "keys": ["train.seed"]})
+    found = read_sweep(path, seeds=read_seeds(text))
+    assert found.spec.seeds.values == seeds and found.spec.seeds.keys == ("train.seed",)
+    assert [cell.cfg.train.seed for cell in expand(found)] == list(seeds)
+
+
+@pytest.mark.parametrize("text", ["a", "-1", "1-", "1--3", "3-1", "1,1", "0-3,2", "1,,2", "²"])
+def test_wrong_seeds(text: str) -> None:
+    with pytest.raises(ConfigError, match="--seeds"):
+        read_seeds(text)
+
+
 def test_two_files_of_one_name(write: Write, tmp_path: Path) -> None:
     path = write()
     (tmp_path / "other").mkdir()
@@ -344,9 +361,13 @@ def test_all_committed_sweeps_expand(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert counts.matrices > 0.7 * counts.total, cell.label
     # Cells that several sweeps name are one run.
     assert len(campaign.runs) < 0.8 * len(campaign.cells)
-    over = root / "configs/sweeps/shared/h200.yaml"
-    scaled = plan([root / "configs/sweeps/transition-point.yaml"], [], tmp_path, over)
+    paths = [root / "configs/sweeps/transition-point.yaml"]
+    shared = root / "configs/sweeps/shared"
+    scaled = plan(paths, [], tmp_path, shared / "h200.yaml")
     assert min(cost.parameters(cell.cfg.model).total for cell in scaled.cells) > 5e6
+    steady = plan(paths, [], tmp_path, shared / "steady.yaml", read_seeds("5-9"))
+    assert {cell.seed for cell in steady.cells} == {5, 6, 7, 8, 9}
+    assert not {run.key for run in steady.runs} & {run.key for run in campaign.runs}
 
 
 @pytest.mark.parametrize(
@@ -371,4 +392,4 @@ def test_reproduce_says_how_it_is_used(
         check=False,
     )
     assert done.returncode == 2 and message in done.stderr
-    assert "usage: launch/reproduce.sh [--scale small|h200]" in done.stderr
+    assert "usage: launch/reproduce.sh [--scale small|steady|h200]" in done.stderr

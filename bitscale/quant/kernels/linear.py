@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitscale.quant.kernels.table import GradientBits, Kernels
-from bitscale.quant.pack import PackedTernary
+from bitscale.quant.packed_matrix import PackedTernary
 from bitscale.quant.reference import MAX_EXACT_INPUTS, Int8Rows, Ternary
 
 
