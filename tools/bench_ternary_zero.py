@@ -1,11 +1,11 @@
 """Train with and without a 16-bit copy of ternary matrices on every rank: bytes and time.
 
-    python tools/bench_ternary_zero.py                        # two ranks, about two minutes
+    python tools/bench_ternary_zero.py                        # two ranks, about three minutes
     python tools/bench_ternary_zero.py --ranks 4 --set engine.zero_stage=2 model.d_model=768
     python tools/bench_ternary_zero.py --json out.json
 
 The contenders are worlds of gloo ranks with the same decoder, bf16 and random tokens, at λ = 1: a
-16-bit copy of each ternary matrix on every rank, codes in int8, packed codes. They take turns step
+16-bit copy of each ternary matrix on every rank, codes in int8, in 2 bits, in 1.6 bits (base 3). They take turns step
 by step, so that a slow minute of the machine hits all. For each rank:
 bytes of the storages that hold weights and codes (between steps, and within one), the largest
 resident set of a ternary step, what a step's collectives carry, and the step's time. The losses of
@@ -52,6 +52,7 @@ CONTENDERS = {
     "16-bit copy": (),
     "codes, int8": ("ternary_gather=true", "packed_codes=false"),
     "codes, packed": ("ternary_gather=true", "packed_codes=true"),
+    "codes, base 3": ("ternary_gather=true", "packed_codes=true", "code_packing=base3"),
 }
 MIB = 2**20
 

@@ -25,7 +25,7 @@ class PackedTernary(NamedTuple):
     sizes: tuple[int, ...]  # codes in each of these tensors
     shape: torch.Size
     scale: Tensor  # fp32 scalar
-    packing: Packing = "2bit"
+    packing: Packing
 
     def unpack(self) -> Ternary:
         """int8 codes in memory of their own."""

@@ -70,7 +70,7 @@ def partitioned(
     partition_size: int,
     group: dist.ProcessGroup,
     device: torch.device,
-    packing: Packing = "2bit",
+    packing: Packing,
 ) -> Partitioned:
     """Matrices of `shapes` that begin at `starts` of a flat tensor on `device`, cut every
     `partition_size` elements."""
@@ -90,7 +90,7 @@ def partitioned_each(
     places: Sequence[int],
     group: dist.ProcessGroup,
     device: torch.device,
-    packing: Packing = "2bit",
+    packing: Packing,
 ) -> Partitioned:
     """Matrices of `shapes`, each cut into equal shares, of which the last ranks' may be shorter or
     empty; the share of matrix i begins at `places[i]` of every rank's partition, on `device`."""
