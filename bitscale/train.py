@@ -54,7 +54,7 @@ from bitscale.quant.schedule import Strength, quant_strength
 from bitscale.recorder import Recorder, ValidRecord, format_count, format_duration
 from bitscale.sources import StateSource, open_state
 from bitscale.telemetry import TernaryTelemetry
-from bitscale.transition import begin_transition
+from bitscale.transition import begin_transition, start_learned_scales
 from bitscale.watch import RankWatch, is_lost_peer, watch_rank
 
 
@@ -285,7 +285,8 @@ def _listeners(cfg: Config, mesh: Mesh, rank_watch: RankWatch) -> list[Listener]
 
 
 def restore(engine: TrainEngine, mesh: Mesh, reader: StateSource) -> None:
-    """Make the engine's weights and Adam state, and this rank's generator, the checkpoint's."""
+    """Make the engine's weights and Adam state, and this rank's generator, the checkpoint's, also
+    those of an engine that has trained since (a collective)."""
     shapes = engine.parameter_shapes()
     # The transition sets learned scales: a trunk of before, of any quantizer, need not have them.
     start = transition_step(engine.cfg)
@@ -297,7 +298,13 @@ def restore(engine: TrainEngine, mesh: Mesh, reader: StateSource) -> None:
         optional |= {name for name in names if is_sub_norm(name)}
     same_optimizer = not run.check_optimizer(engine.cfg, reader.meta, reader.path, {"optim.name"})
     reader.restore(engine.fragments(), shapes, optional=optional, moments=same_optimizer)
+    new = shapes.keys() - reader.meta.shapes.keys()  # may have been trained since it was built
+    for fragment in engine.fragments():
+        if fragment.name in new and is_sub_norm(fragment.name):
+            fragment.master.fill_(1.0)
     engine.publish_masters()
+    if any(map(is_scale, new)):
+        start_learned_scales(engine)  # and again when they begin to act
     rng_state = reader.rng_state(mesh.rank)
     if rng_state is not None:
         torch.set_rng_state(rng_state)

@@ -328,6 +328,10 @@ def test_optional_parameters_may_be_missing_on_either_side(root: Path) -> None:
     assert torch.equal(w.master[:4], make_fragments()[0].master)
     assert torch.equal(new.master, torch.full((2,), 0.5))
     assert int(new.step) == 12  # the largest count in the checkpoint
+    assert not new.exp_avg.any() and not _tensors(new)[2].any()  # whatever was there before
+    assert w.exp_avg.any()
+    reader.restore([w], shapes, optional=["b", "new.alpha"], moments=False)
+    assert not w.exp_avg.any() and not _tensors(w)[2].any() and int(w.step) == 0
     with pytest.raises(CheckpointError, match=r"b has shape \[7\] there and none here"):
         reader.restore([w, new], shapes, optional=["new.alpha"])
 
