@@ -232,6 +232,19 @@ def record(cfg: Config, recorder: Recorder, amendment: Amendment) -> None:
     recorder.flush()
 
 
+def complete_record(cfg: Config, recorder: Recorder, amendments: Amendments) -> None:
+    """Record the last rollback of a run that was killed just before that.
+
+    Those that it has inherited from a trunk are none of its own: no file holds them. Nor may they
+    come before its first event, which says what it began from.
+    """
+    if not amendments or not (Path(cfg.run.dir) / AMENDMENTS_NAME).is_file():
+        return
+    last = recorder.last_rollback()
+    if any(last.get(key) != value for key, value in amendments_tree(amendments)[-1].items()):
+        record(cfg, recorder, amendments[-1])
+
+
 def load_amendments(run_dir: Path, reader: StateSource | None) -> Amendments:
     """The amendments in force: the run's, which begin with those of the checkpoint to resume from.
 

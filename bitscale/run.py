@@ -12,7 +12,7 @@ from bitscale.config import Config, section_items, to_tree, to_yaml, transition_
 from bitscale.data.corpus import PreparedCorpus, load_corpus
 from bitscale.errors import CheckpointError, ConfigError, DataError
 from bitscale.mesh import Mesh
-from bitscale.recorder import METRICS_NAME, read_lines
+from bitscale.recorder import METRICS_NAME, has_begun, read_lines
 from bitscale.sources import ForeignSource, StateSource, locate
 
 # Keys that cannot change results; a resumed run may differ in them.
@@ -204,7 +204,7 @@ def find_resume(cfg: Config, resume: str | None) -> Path | None:
         return chosen
     trunk = _trunk(metrics)
     killed_before_saving = chosen is not None and trunk is not None and _same(chosen, trunk)
-    if checkpoint.list_checkpoints(root) or (metrics.exists() and not killed_before_saving):
+    if checkpoint.list_checkpoints(root) or (has_begun(metrics) and not killed_before_saving):
         raise ConfigError(
             f"run.dir={cfg.run.dir!r} already holds a run; continue it with --resume auto, or "
             "choose another run.dir"

@@ -262,8 +262,7 @@ def _set_up(
     if telemetry is not None and reader is not None:
         # Flips count from the checkpoint.
         telemetry.read(engine.gathered, compute=mesh.speaks_for_stage)
-    if amendments and recorder.num_rollbacks() == len(amendments) - 1:
-        guard.record(cfg, recorder, amendments[-1])  # killed just before that
+    guard.complete_record(cfg, recorder, amendments)
     return _Session(
         cfg=cfg,
         mesh=mesh,

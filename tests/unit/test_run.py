@@ -255,6 +255,17 @@ def test_killed_before_the_first_checkpoint(cfg: Config, tmp_path: Path) -> None
     assert run.find_resume(cfg, "auto") == own
 
 
+def test_killed_before_the_first_line(cfg: Config, tmp_path: Path) -> None:
+    """The same command goes on from the same trunk: nothing else knows of it."""
+    trunk = add_checkpoint(tmp_path / "trunk", 20)
+    run_dir = Path(cfg.run.dir)
+    run_dir.mkdir()
+    for torn in ("", '{"kind": "event", "st'):
+        (run_dir / "metrics.jsonl").write_text(torn)
+        assert run.find_resume(cfg, str(trunk)) == trunk
+        assert run.find_resume(cfg, None) is None
+
+
 def test_resume_from_a_path(cfg: Config, tmp_path: Path) -> None:
     trunk = tmp_path / "trunk"
     first = add_checkpoint(trunk, 20)
