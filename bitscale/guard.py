@@ -183,7 +183,7 @@ def _matters(cfg: Config, fault: Fault, made: Amendments, amendment: Amendment) 
 
 
 def _ends_ternary(cfg: Config, amendments: Amendments) -> bool:
-    return quant_strength(num_steps(cfg), cfg, amendments) == TERNARY
+    return quant_strength(num_steps(cfg) - 1, cfg, amendments) == TERNARY
 
 
 def go_back(

@@ -200,10 +200,10 @@ def _check_transition(cfg: Config) -> None:
             raise ConfigError(
                 f"transition.{key}.shape={ramp.shape!r} needs transition.{key}.over > 0 steps"
             )
-        if start + length > steps:
+        if start + length > steps - 1:  # as exports ask: of the last step done
             raise ConfigError(
-                f"transition.{key} ends at step {start + length}, after the run's {steps}; "
-                "the model would never be fully ternary: shorten it or start earlier"
+                f"transition.{key} ends at step {start + length}, but the run's last step is "
+                f"{steps - 1}: the model would never be fully ternary; shorten it or start earlier"
             )
     _check_residual(cfg, start)
     if t.lr == "decay" and cfg.optim.schedule not in ("constant", "wsd"):

@@ -180,8 +180,8 @@ COMBINATION_ERRORS = {
         ["transition.activation_ramp.shape='linear'", "transition.activation_ramp.over > 0"],
     ),
     "ramp beyond the end": (
-        ["transition.ramp={shape: linear, over: {steps: 61}}"],
-        ["transition.ramp ends at step 101", "run's 100", "shorten it or start earlier"],
+        ["transition.ramp={shape: linear, over: {steps: 60}}"],
+        ["transition.ramp ends at step 100", "last step is 99", "shorten it or start earlier"],
     ),
     "fused decay after a cosine": (
         ["transition.lr=decay", "optim.schedule=cosine"],

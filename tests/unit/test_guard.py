@@ -262,6 +262,14 @@ def test_a_slower_ramp_must_change_something(make_config: MakeConfig) -> None:
         decide(cfg, NAN._replace(step=80), (), checkpoints(60, 70))
     amendment, _ = decide(cfg, NAN._replace(step=70), (), checkpoints(50, 60))
     assert amendment.from_step == 50
+    # The last step, 99, must have λ = 1: 10 steps of the ramp are left at step 50.
+    for factor, ends in ((4.8, True), (5.0, False)):
+        cfg = make_config(*SLOWER, f"transition.guard.slower={factor}")
+        if ends:
+            decide(cfg, NAN, (), checkpoints(50))
+            continue
+        with pytest.raises(NonFiniteLoss, match="would not end within the run's 100 steps"):
+            decide(cfg, NAN, (), checkpoints(50))
 
 
 @pytest.mark.parametrize(
