@@ -221,6 +221,11 @@ def find_resume(cfg: Config, resume: str | None) -> Path | None:
         return own or (None if trunk is None else locate(trunk))
     chosen = None if resume is None else locate(Path(resume))
     if chosen is not None and _same(chosen.parent, root):
+        if not checkpoint.is_checkpoint_name(chosen.name):
+            raise ConfigError(
+                f"--resume {chosen} is no checkpoint in force of run.dir={cfg.run.dir!r}; to go "
+                "back to it, rename it step-NNNNNNNN (its step); to fork from it, move it elsewhere"
+            )
         return chosen
     trunk = _trunk(metrics)
     killed_before_saving = chosen is not None and trunk is not None and _same(chosen, trunk)

@@ -285,6 +285,18 @@ def test_resume_from_an_earlier_checkpoint_of_the_same_run(cfg: Config) -> None:
     assert run.find_resume(cfg, str(first)) == first
 
 
+@pytest.mark.parametrize("name", ["superseded-step-00000010", "step-00000010.bak"])
+def test_resume_from_what_the_run_has_kept_aside(cfg: Config, name: str) -> None:
+    run_dir = Path(cfg.run.dir)
+    add_metrics(run_dir, "start")
+    aside = add_checkpoint(run_dir, 10).rename(run_dir / "checkpoints" / name)
+    add_checkpoint(run_dir, 5, latest=True)
+    with pytest.raises(ConfigError) as error:
+        run.find_resume(cfg, str(aside))
+    assert f"{name} is no checkpoint in force of run.dir" in str(error.value)
+    assert "rename it step-NNNNNNNN" in str(error.value)
+
+
 @pytest.mark.parametrize("resume", ["nowhere", "."])
 def test_resume_from_no_checkpoint(
     resume: str, cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
