@@ -138,9 +138,12 @@ def _train(
     mesh = share_model(mesh, cfg.parallel.tp, num_kv_heads(cfg), cfg.parallel.pp)
     try:
         run.check_same_checkpoint(mesh, resume_from)
+        # Rank 0's: a network file system may show another rank none yet, or older ones.
+        amendments = mesh.gather_objects(amendments)[0]
         session = _set_up(cfg, mesh, corpora, identity, reader, amendments, rank_watch)
         _announce(session, reader, comparison)
         start = 0 if reader is None else reader.meta.step
+        reader = None  # it maps its files, whose place on the disk `prune` could not give back
         with StopRequest(repeats_kill=not under_launcher()) as stop_request:
             outcome = _attempt(session, start, stop_request)
         session.recorder.close()
