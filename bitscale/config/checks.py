@@ -166,6 +166,12 @@ def _check_schedule(cfg: Config) -> None:
     warmup = span_steps(cfg.optim.warmup, cfg)
     if warmup > steps:
         raise ConfigError(f"optim.warmup is {warmup} steps, longer than the run of {steps}")
+    horizon = steps if cfg.optim.horizon is None else span_steps(cfg.optim.horizon, cfg)
+    if cfg.optim.schedule in ("linear", "cosine", "trilm") and warmup > horizon:
+        raise ConfigError(
+            f"optim.warmup is {warmup} steps, longer than optim.horizon of {horizon}: the learning "
+            "rate would fall to its end right after its peak; lengthen the horizon"
+        )
     if cfg.optim.schedule == "wsd" and warmup + span_steps(cfg.optim.decay, cfg) > steps:
         raise ConfigError(
             f"optim.warmup ({warmup} steps) and optim.decay "

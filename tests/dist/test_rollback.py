@@ -104,6 +104,9 @@ FORKS: dict[str, dict[str, Any]] = {
 def back_to_a_trunk(mesh: Mesh, root: Path) -> None:
     cfg = tiny_config(1, "fp32")
     trunk = make_engine(cfg, mesh)
+    for fragment in trunk.fragments():
+        fragment.exp_avg.fill_(0.5)
+        fragment.step.fill_(3)  # or the moments would count as none
     path = save(trunk, mesh, root, 3, trunk.fragments())
     for name, changes in FORKS.items():
         engine = make_engine(tiny_config(1, "fp32", **changes), mesh)

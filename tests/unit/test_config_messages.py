@@ -179,6 +179,10 @@ COMBINATION_ERRORS = {
         ["transition.activation_ramp.shape=linear"],
         ["transition.activation_ramp.shape='linear'", "transition.activation_ramp.over > 0"],
     ),
+    "warm-up beyond the horizon": (
+        ["optim.schedule=cosine", "optim.warmup={steps: 10}", "optim.horizon={steps: 9}"],
+        ["optim.warmup is 10 steps", "optim.horizon of 9", "lengthen the horizon"],
+    ),
     "ramp beyond the end": (
         ["transition.ramp={shape: linear, over: {steps: 60}}"],
         ["transition.ramp ends at step 100", "last step is 99", "shorten it or start earlier"],
