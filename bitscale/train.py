@@ -319,13 +319,16 @@ def _rewind(cfg: Config, reader: StateSource | None) -> None:
     try:
         for path in checkpoint.rewind(root, root / reader.path.name):
             print(f"kept aside, as this run continues from an earlier step: superseded-{path.name}")
-        # What a session killed between a save and its pruning has left.
-        kept = cfg.checkpoint
-        checkpoint.prune(root, kept.keep_last, kept.keep_every, kept.at)
     except OSError as error:
         raise CheckpointError(
             f"{root}: cannot be written ({error}); make it writable, then --resume auto"
         ) from error
+    kept = cfg.checkpoint
+    try:
+        # What a session killed between a save and its pruning has left.
+        checkpoint.prune(root, kept.keep_last, kept.keep_every, kept.at)
+    except OSError as error:  # no reason not to train, as after a save
+        print(f"warning: an older checkpoint could not be deleted: {error}", flush=True)
 
 
 def _go_back(session: _Session, fault: guard.Fault) -> tuple[_Session, int]:

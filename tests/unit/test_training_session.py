@@ -7,8 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny_checkpoints import save
 
-from bitscale import guard, run, train
+from bitscale import checkpoint, guard, run, train
 from bitscale.config import Config
 
 pytestmark = pytest.mark.unit
@@ -57,3 +58,22 @@ def test_of_a_resumed_run_only_the_session_is_left(
     rank_watch: Any = SimpleNamespace(joined=lambda: None)
     assert train._train(make_config(), [], "auto", (), rank_watch).step == 7
     assert seen == ["of rank 0", None]
+
+
+def test_what_cannot_be_deleted_does_not_keep_a_run_from_going_on(
+    make_config: Callable[..., Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cfg = make_config(f"run.dir={tmp_path}")
+    path = save(run.checkpoints_dir(cfg))
+
+    def refuse(*_: object) -> None:
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(checkpoint, "prune", refuse)
+    train._rewind(cfg, checkpoint.Reader(path))
+    said = capsys.readouterr().out
+    assert said.startswith("warning: an older checkpoint could not be deleted: ")
+    assert "Directory not empty" in said
