@@ -294,7 +294,7 @@ def test_limits_are_inclusive(make_config: MakeConfig) -> None:
     make_config("optim.schedule=wsd", "optim.decay.steps=90")
     make_config("train.stop_step=100")
     make_config("transition.at.step=99")
-    make_config("transition.ramp={shape: linear, over: {steps: 60}}")
+    make_config("transition.ramp={shape: linear, over: {steps: 59}}")
     make_config("transition.lr=decay", "optim.schedule=wsd", "optim.decay.steps=60")
     make_config("model.num_kv_heads=4")
     make_config("model.num_heads=16", "model.num_kv_heads=1")
