@@ -183,7 +183,7 @@ def _matters(cfg: Config, fault: Fault, made: Amendments, amendment: Amendment) 
 
 
 def _ends_ternary(cfg: Config, amendments: Amendments) -> bool:
-    return quant_strength(num_steps(cfg), cfg, amendments) == TERNARY
+    return quant_strength(num_steps(cfg) - 1, cfg, amendments) == TERNARY
 
 
 def go_back(
@@ -230,6 +230,19 @@ def record(cfg: Config, recorder: Recorder, amendment: Amendment) -> None:
     step = amendment.from_step
     recorder.event(step, step * tokens_per_step(cfg), "rollback", **amendment.model_dump())
     recorder.flush()
+
+
+def complete_record(cfg: Config, recorder: Recorder, amendments: Amendments) -> None:
+    """Record the last rollback of a run that was killed just before that.
+
+    Those that it has inherited from a trunk are none of its own: no file holds them. Nor may they
+    come before its first event, which says what it began from.
+    """
+    if not amendments or not (Path(cfg.run.dir) / AMENDMENTS_NAME).is_file():
+        return
+    last = recorder.last_rollback()
+    if any(last.get(key) != value for key, value in amendments_tree(amendments)[-1].items()):
+        record(cfg, recorder, amendments[-1])
 
 
 def load_amendments(run_dir: Path, reader: StateSource | None) -> Amendments:

@@ -127,12 +127,13 @@ class Recorder:
         lines = (line for _, _, line in read_lines(self._run_dir / METRICS_NAME))
         return list(deque((line["loss"] for line in lines if line["kind"] == "train"), number))
 
-    def num_rollbacks(self) -> int:
-        """Rollbacks recorded as events; 0 if disabled."""
+    def last_rollback(self) -> dict[str, Any]:
+        """The event of the last rollback recorded; {} if there is none, or if disabled."""
         if not self._enabled:
-            return 0
-        lines = read_lines(self._run_dir / METRICS_NAME)
-        return sum(line.get("event") == "rollback" for _, _, line in lines)
+            return {}
+        lines = (line for _, _, line in read_lines(self._run_dir / METRICS_NAME))
+        found = deque((line for line in lines if line.get("event") == "rollback"), 1)
+        return found[0] if found else {}
 
     def train(self, records: Sequence[TrainRecord]) -> None:
         """Record optimizer steps, in order."""
@@ -225,6 +226,12 @@ class Recorder:
         for name, value in values.items():
             if name != "step" and value is not None:
                 self._tensorboard.add_scalar(f"{prefix}/{name}", value, step)
+
+
+def has_begun(metrics: Path) -> bool:
+    """Whether a run has written its first line, which says what it began from. One that was killed
+    while it was set up may have left an empty file."""
+    return metrics.exists() and next(read_lines(metrics), None) is not None
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:

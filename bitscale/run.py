@@ -12,7 +12,8 @@ from bitscale.config import Config, section_items, to_tree, to_yaml, transition_
 from bitscale.data.corpus import PreparedCorpus, load_corpus
 from bitscale.errors import CheckpointError, ConfigError, DataError
 from bitscale.mesh import Mesh
-from bitscale.recorder import METRICS_NAME, read_lines
+from bitscale.quant.schedule import SIXTEEN_BIT, quant_strength
+from bitscale.recorder import METRICS_NAME, has_begun, read_lines
 from bitscale.sources import ForeignSource, StateSource, locate
 
 # Keys that cannot change results; a resumed run may differ in them.
@@ -100,12 +101,15 @@ def compare(
     """Hold `ours`, the identity of `cfg`, against what `source` says of itself.
 
     Our own checkpoints say everything. Of a foreign one only what it says is compared, and the
-    position in the data and in the transition; nothing else needs to be allowed.
+    position in the data; nothing else needs to be allowed. Neither may be a 16-bit one of after
+    the transition.
 
     Raises CheckpointError for a difference that is not in `allowed`.
     """
     if not isinstance(source, ForeignSource):
         theirs = identity_for(cfg, source.meta)
+        if _has_missed_transition(cfg, source.meta):
+            ours, theirs = _with_transition(cfg, source.meta, ours, theirs)
         differences = check_identity(ours, theirs, source.path, allowed)
         differences += check_optimizer(cfg, source.meta, source.path, allowed)
         return Comparison(differences, [])
@@ -116,15 +120,31 @@ def compare(
     if "data.position" in theirs:
         ours["data.position"] = f"{step * cfg.train.global_batch_size} sequences"
     start = transition_step(cfg)
-    if start is not None and start < step:
-        # Its weights are 16-bit ones for all that is known: λ would jump, and the policy for
-        # the optimizer's state never act.
-        ours["transition.at"] = f"step {start}"
-        theirs = dict(theirs) | {"transition.at": f"step {step} or later"}
+    if start is not None and start < step:  # its weights are 16-bit ones for all that is known
+        ours, theirs = _with_transition(cfg, source.meta, ours, theirs)
     differences = check_identity(ours, theirs, source.path, allowed)
     if source.has_optimizer_state:
         differences += check_optimizer(cfg, source.meta, source.path, allowed)
     return Comparison(differences, notes)
+
+
+def _has_missed_transition(cfg: Config, meta: checkpoint.Meta) -> bool:
+    """Whether a checkpoint of ours is a 16-bit one, and a run of `cfg` ternary before it: λ would
+    jump, and the policy for the optimizer's state never act."""
+    start = transition_step(cfg)
+    if start is None or start >= meta.step or meta.lambda_weight or meta.lambda_activation:
+        return False
+    never_begins = meta.config.get("transition", {}).get("at") is None
+    # A ramp's first step has λ = 0, too.
+    return never_begins or quant_strength(meta.step - 1, cfg) != SIXTEEN_BIT
+
+
+def _with_transition(
+    cfg: Config, meta: checkpoint.Meta, ours: Mapping[str, str], theirs: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Both sides with where the transition is, and where it might be."""
+    here, there = f"step {transition_step(cfg)}", f"step {meta.step} or later"
+    return {**ours, "transition.at": here}, {**theirs, "transition.at": there}
 
 
 def _notes(source: ForeignSource, ours: Mapping[str, str]) -> list[str]:
@@ -201,10 +221,15 @@ def find_resume(cfg: Config, resume: str | None) -> Path | None:
         return own or (None if trunk is None else locate(trunk))
     chosen = None if resume is None else locate(Path(resume))
     if chosen is not None and _same(chosen.parent, root):
+        if not checkpoint.is_checkpoint_name(chosen.name):
+            raise ConfigError(
+                f"--resume {chosen} is no checkpoint in force of run.dir={cfg.run.dir!r}; to go "
+                "back to it, rename it step-NNNNNNNN (its step); to fork from it, move it elsewhere"
+            )
         return chosen
     trunk = _trunk(metrics)
     killed_before_saving = chosen is not None and trunk is not None and _same(chosen, trunk)
-    if checkpoint.list_checkpoints(root) or (metrics.exists() and not killed_before_saving):
+    if checkpoint.list_checkpoints(root) or (has_begun(metrics) and not killed_before_saving):
         raise ConfigError(
             f"run.dir={cfg.run.dir!r} already holds a run; continue it with --resume auto, or "
             "choose another run.dir"

@@ -54,7 +54,7 @@ from bitscale.quant.schedule import Strength, quant_strength
 from bitscale.recorder import Recorder, ValidRecord, format_count, format_duration
 from bitscale.sources import StateSource, open_state
 from bitscale.telemetry import TernaryTelemetry
-from bitscale.transition import begin_transition
+from bitscale.transition import begin_transition, start_learned_scales
 from bitscale.watch import RankWatch, is_lost_peer, watch_rank
 
 
@@ -138,9 +138,12 @@ def _train(
     mesh = share_model(mesh, cfg.parallel.tp, num_kv_heads(cfg), cfg.parallel.pp)
     try:
         run.check_same_checkpoint(mesh, resume_from)
+        # Rank 0's: a network file system may show another rank none yet, or older ones.
+        amendments = mesh.gather_objects(amendments)[0]
         session = _set_up(cfg, mesh, corpora, identity, reader, amendments, rank_watch)
         _announce(session, reader, comparison)
         start = 0 if reader is None else reader.meta.step
+        reader = None  # it maps its files, whose place on the disk `prune` could not give back
         with StopRequest(repeats_kill=not under_launcher()) as stop_request:
             outcome = _attempt(session, start, stop_request)
         session.recorder.close()
@@ -262,8 +265,7 @@ def _set_up(
     if telemetry is not None and reader is not None:
         # Flips count from the checkpoint.
         telemetry.read(engine.gathered, compute=mesh.speaks_for_stage)
-    if amendments and recorder.num_rollbacks() == len(amendments) - 1:
-        guard.record(cfg, recorder, amendments[-1])  # killed just before that
+    guard.complete_record(cfg, recorder, amendments)
     return _Session(
         cfg=cfg,
         mesh=mesh,
@@ -285,7 +287,8 @@ def _listeners(cfg: Config, mesh: Mesh, rank_watch: RankWatch) -> list[Listener]
 
 
 def restore(engine: TrainEngine, mesh: Mesh, reader: StateSource) -> None:
-    """Make the engine's weights and Adam state, and this rank's generator, the checkpoint's."""
+    """Make the engine's weights and Adam state, and this rank's generator, the checkpoint's, also
+    those of an engine that has trained since (a collective)."""
     shapes = engine.parameter_shapes()
     # The transition sets learned scales: a trunk of before, of any quantizer, need not have them.
     start = transition_step(engine.cfg)
@@ -297,7 +300,13 @@ def restore(engine: TrainEngine, mesh: Mesh, reader: StateSource) -> None:
         optional |= {name for name in names if is_sub_norm(name)}
     same_optimizer = not run.check_optimizer(engine.cfg, reader.meta, reader.path, {"optim.name"})
     reader.restore(engine.fragments(), shapes, optional=optional, moments=same_optimizer)
+    new = shapes.keys() - reader.meta.shapes.keys()  # may have been trained since it was built
+    for fragment in engine.fragments():
+        if fragment.name in new and is_sub_norm(fragment.name):
+            fragment.master.fill_(1.0)
     engine.publish_masters()
+    if any(map(is_scale, new)):
+        start_learned_scales(engine)  # and again when they begin to act
     rng_state = reader.rng_state(mesh.rank)
     if rng_state is not None:
         torch.set_rng_state(rng_state)
@@ -310,13 +319,16 @@ def _rewind(cfg: Config, reader: StateSource | None) -> None:
     try:
         for path in checkpoint.rewind(root, root / reader.path.name):
             print(f"kept aside, as this run continues from an earlier step: superseded-{path.name}")
-        # What a session killed between a save and its pruning has left.
-        kept = cfg.checkpoint
-        checkpoint.prune(root, kept.keep_last, kept.keep_every, kept.at)
     except OSError as error:
         raise CheckpointError(
             f"{root}: cannot be written ({error}); make it writable, then --resume auto"
         ) from error
+    kept = cfg.checkpoint
+    try:
+        # What a session killed between a save and its pruning has left.
+        checkpoint.prune(root, kept.keep_last, kept.keep_every, kept.at)
+    except OSError as error:  # no reason not to train, as after a save
+        print(f"warning: an older checkpoint could not be deleted: {error}", flush=True)
 
 
 def _go_back(session: _Session, fault: guard.Fault) -> tuple[_Session, int]:

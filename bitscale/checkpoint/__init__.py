@@ -15,6 +15,7 @@ moves. A crash at any moment leaves the previous one in force.
 """
 
 from bitscale.checkpoint.directory import (
+    is_checkpoint_name,
     latest_checkpoint,
     list_checkpoints,
     prune,
@@ -35,6 +36,7 @@ __all__ = [
     "Saved",
     "Saver",
     "give_ordinary_mode",
+    "is_checkpoint_name",
     "latest_checkpoint",
     "list_checkpoints",
     "prune",

@@ -15,9 +15,14 @@ from bitscale.errors import CheckpointError
 _NAME = re.compile(r"step-(\d{8,})")
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a directory of that name counts; `superseded-...` and copies by hand do not."""
+    return _NAME.fullmatch(name) is not None
+
+
 def list_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints under `root`, oldest first."""
-    named = [path for path in root.glob("step-*") if _NAME.fullmatch(path.name)]
+    named = [path for path in root.glob("step-*") if is_checkpoint_name(path.name)]
     return sorted((path for path in named if (path / META_NAME).is_file()), key=_step_of)
 
 

@@ -52,7 +52,7 @@ class Reader(StateSource):
         """
         wanted = None if shard is None else (shard.dim, shard.start, shard.end)
         pieces = self._index.get((name, kind), [])
-        if all(piece.part == wanted for piece in pieces):
+        if not pieces or any(piece.part == wanted for piece in pieces):
             return self._read_flat(name, kind, wanted, start, numel)
         # Written by another number of tensor-parallel ranks.
         if self._whole is None or self._whole[0] != (name, kind):

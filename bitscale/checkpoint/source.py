@@ -48,9 +48,9 @@ class StateSource(ABC):
     ) -> None:
         """Fill this rank's fragments of a model with these parameter `shapes`, in place.
 
-        Parameters in `optional` may be missing on either side: what the model has and the
-        checkpoint has not stays as it was built, its moments new but for the step count. Without
-        `moments` only masters are read, and the optimizer stays as new as it is.
+        Parameters in `optional` may be missing on either side: of what the model has and the
+        checkpoint has not, the master is left to the caller, and the moments are new but for the
+        step count. Without `moments` only masters are read, and the optimizer starts afresh.
 
         Raises CheckpointError if the checkpoint's parameters are others.
         """
@@ -63,14 +63,11 @@ class StateSource(ABC):
                     "here; the checkpoint is of another model: use its model section"
                 )
         for fragment in fragments:
-            if fragment.name in missing:
-                if not moments:
-                    continue
-                # The count that ZeRO's flat tensors share, and a gradient of 0 would have left.
-                fragment.step.fill_(max(self.meta.adam_steps.values()))
-                continue
+            is_missing = fragment.name in missing
             for kind, view in views(fragment).items():
-                if kind != "master" and not moments:
+                if is_missing or (kind != "master" and not moments):
+                    if kind != "master":
+                        view.zero_()  # a run that goes back in process has trained since
                     continue
                 start, numel, shard = fragment.start, fragment.numel, fragment.shard
                 values = self.read(fragment.name, kind, start, numel, shard)
@@ -80,8 +77,12 @@ class StateSource(ABC):
                         "from an earlier checkpoint"
                     )
                 view.copy_(values)
-            if moments:
-                fragment.step.fill_(self.meta.adam_steps[fragment.name])
+            fragment.step.fill_(self._adam_step(fragment.name, is_missing) if moments else 0)
+
+    def _adam_step(self, name: str, is_missing: bool) -> int:
+        # The count that ZeRO's flat tensors share, and a gradient of 0 would have left.
+        steps = self.meta.adam_steps
+        return max(steps.values()) if is_missing else steps[name]
 
 
 def _shown(shape: Sequence[int] | None) -> str:

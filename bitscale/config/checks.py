@@ -166,6 +166,12 @@ def _check_schedule(cfg: Config) -> None:
     warmup = span_steps(cfg.optim.warmup, cfg)
     if warmup > steps:
         raise ConfigError(f"optim.warmup is {warmup} steps, longer than the run of {steps}")
+    horizon = steps if cfg.optim.horizon is None else span_steps(cfg.optim.horizon, cfg)
+    if cfg.optim.schedule in ("linear", "cosine", "trilm") and warmup > horizon:
+        raise ConfigError(
+            f"optim.warmup is {warmup} steps, longer than optim.horizon of {horizon}: the learning "
+            "rate would fall to its end right after its peak; lengthen the horizon"
+        )
     if cfg.optim.schedule == "wsd" and warmup + span_steps(cfg.optim.decay, cfg) > steps:
         raise ConfigError(
             f"optim.warmup ({warmup} steps) and optim.decay "
@@ -200,10 +206,10 @@ def _check_transition(cfg: Config) -> None:
             raise ConfigError(
                 f"transition.{key}.shape={ramp.shape!r} needs transition.{key}.over > 0 steps"
             )
-        if start + length > steps:
+        if start + length > steps - 1:  # as exports ask: of the last step done
             raise ConfigError(
-                f"transition.{key} ends at step {start + length}, after the run's {steps}; "
-                "the model would never be fully ternary: shorten it or start earlier"
+                f"transition.{key} ends at step {start + length}, but the run's last step is "
+                f"{steps - 1}: the model would never be fully ternary; shorten it or start earlier"
             )
     _check_residual(cfg, start)
     if t.lr == "decay" and cfg.optim.schedule not in ("constant", "wsd"):

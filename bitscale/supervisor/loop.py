@@ -17,6 +17,7 @@ from bitscale.errors import ConfigError
 from bitscale.heartbeat import ATTEMPT_VARIABLE
 from bitscale.hostfile import Host
 from bitscale.preemption import StopRequest
+from bitscale.recorder import METRICS_NAME, has_begun
 from bitscale.supervisor import attempt as attempts
 from bitscale.supervisor.attempt import EXIT_BAD_INPUT, EXIT_PREEMPTED, Attempt, Bounds, Failure
 from bitscale.supervisor.hosts import largest_fit, why_unfit
@@ -218,7 +219,7 @@ class Supervisor:
 
     def command(self) -> list[str]:
         """What a rank is started with."""
-        begun = (self.run_dir / "metrics.jsonl").exists()  # then it knows what it began from
+        begun = has_begun(self.run_dir / METRICS_NAME)  # then it knows what it began from
         resume = ["--resume", "auto" if begun else self.options.resume]
         module = [sys.executable, "-u", "-m", "bitscale.cli.main", "train"]
         return [*module, *self.options.train_arguments, *resume]

@@ -1,6 +1,7 @@
 """Going back in process leaves nothing of what went wrong, whatever the ranks share."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,3 +92,38 @@ def test_back_to_the_bit(
     world_of: Callable[[int], World], tmp_path: Path, corpus_prefix: Path, case: Case
 ) -> None:
     world_of(case.world_size).run(go_wrong_and_back, case, tmp_path, corpus_prefix)
+
+
+# What a fork may have that its trunk has not.
+FORKS: dict[str, dict[str, Any]] = {
+    "SubLN and scales": {"model": {"sub_norm": "transition"}, "quant": {"preset": "paretoq"}},
+    "another optimizer": {"optim": {"name": "lion"}},
+}
+
+
+def back_to_a_trunk(mesh: Mesh, root: Path) -> None:
+    cfg = tiny_config(1, "fp32")
+    trunk = make_engine(cfg, mesh)
+    for fragment in trunk.fragments():
+        fragment.exp_avg.fill_(0.5)
+        fragment.step.fill_(3)  # or the moments would count as none
+    path = save(trunk, mesh, root, 3, trunk.fragments())
+    for name, changes in FORKS.items():
+        engine = make_engine(tiny_config(1, "fp32", **changes), mesh)
+        reader = checkpoint.Reader(path)
+        reader.meta = replace(reader.meta, lambda_weight=0.0)
+        restore(engine, mesh, reader)
+        state = whole_state(engine, mesh)
+        for fragment in engine.fragments():
+            for view in (fragment.master, *fragment.moments().values()):
+                view.fill_(torch.nan)
+            fragment.step.fill_(99)
+        engine.publish_masters()
+        restore(engine, mesh, reader)
+        again = whole_state(engine, mesh)
+        assert [key for key in state if not same(state[key], again[key])] == [], name
+
+
+def test_back_to_a_trunk_of_another_model(world_of: Callable[[int], World], tmp_path: Path) -> None:
+    """What the trunk lacks is as new as when the fork began."""
+    world_of(1).run(back_to_a_trunk, tmp_path, seconds=300)

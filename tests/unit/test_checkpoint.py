@@ -19,6 +19,7 @@ from bitscale.checkpoint.write import write_safetensors
 from bitscale.engine.fragments import Fragment
 from bitscale.errors import CheckpointError
 from bitscale.mesh import single_process_mesh
+from bitscale.model.collectives import ParameterShard
 
 pytestmark = pytest.mark.unit
 
@@ -119,6 +120,26 @@ def test_restore_fills_any_cut_in_place(root: Path) -> None:
 
 def _tensors(f: Fragment) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return f.master, f.exp_avg, f.exp_avg_sq
+
+
+def test_a_tensor_parallel_rank_reads_its_own_part_only(root: Path) -> None:
+    """Of the same number of ranks; another number puts the whole together first."""
+    whole = torch.arange(12.0).view(4, 3)
+    shards = [ParameterShard(0, 2 * rank, 2 * rank + 2, (4, 3)) for rank in range(2)]
+    parts = [
+        replace(fragment("w", 0, shard.of(whole).reshape(1, 6).repeat(3, 1)), shard=shard)
+        for shard in shards
+    ]
+    meta = replace(meta_at(1), shapes={"w": [4, 3]})
+    mesh = single_process_mesh("cpu")
+    reader = Reader(checkpoint.save(root, meta, parts, mesh, rng_state=torch.get_rng_state()))
+    for shard in shards:
+        values = reader.read("w", "master", 1, 5, shard)
+        assert torch.equal(values, shard.of(whole).flatten()[1:])
+    assert reader._whole is None
+    other = ParameterShard(1, 1, 3, (4, 3))
+    assert torch.equal(reader.read("w", "master", 0, 8, other), whole[:, 1:].flatten())
+    assert reader._whole is not None
 
 
 def test_parameters_come_in_their_shapes(root: Path) -> None:
@@ -328,6 +349,10 @@ def test_optional_parameters_may_be_missing_on_either_side(root: Path) -> None:
     assert torch.equal(w.master[:4], make_fragments()[0].master)
     assert torch.equal(new.master, torch.full((2,), 0.5))
     assert int(new.step) == 12  # the largest count in the checkpoint
+    assert not new.exp_avg.any() and not _tensors(new)[2].any()  # whatever was there before
+    assert w.exp_avg.any()
+    reader.restore([w], shapes, optional=["b", "new.alpha"], moments=False)
+    assert not w.exp_avg.any() and not _tensors(w)[2].any() and int(w.step) == 0
     with pytest.raises(CheckpointError, match=r"b has shape \[7\] there and none here"):
         reader.restore([w, new], shapes, optional=["new.alpha"])
 

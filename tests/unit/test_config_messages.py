@@ -183,9 +183,13 @@ COMBINATION_ERRORS = {
         ["transition.activation_ramp.shape=linear"],
         ["transition.activation_ramp.shape='linear'", "transition.activation_ramp.over > 0"],
     ),
+    "warm-up beyond the horizon": (
+        ["optim.schedule=cosine", "optim.warmup={steps: 10}", "optim.horizon={steps: 9}"],
+        ["optim.warmup is 10 steps", "optim.horizon of 9", "lengthen the horizon"],
+    ),
     "ramp beyond the end": (
-        ["transition.ramp={shape: linear, over: {steps: 61}}"],
-        ["transition.ramp ends at step 101", "run's 100", "shorten it or start earlier"],
+        ["transition.ramp={shape: linear, over: {steps: 60}}"],
+        ["transition.ramp ends at step 100", "last step is 99", "shorten it or start earlier"],
     ),
     "fused decay after a cosine": (
         ["transition.lr=decay", "optim.schedule=cosine"],
@@ -294,7 +298,7 @@ def test_limits_are_inclusive(make_config: MakeConfig) -> None:
     make_config("optim.schedule=wsd", "optim.decay.steps=90")
     make_config("train.stop_step=100")
     make_config("transition.at.step=99")
-    make_config("transition.ramp={shape: linear, over: {steps: 60}}")
+    make_config("transition.ramp={shape: linear, over: {steps: 59}}")
     make_config("transition.lr=decay", "optim.schedule=wsd", "optim.decay.steps=60")
     make_config("model.num_kv_heads=4")
     make_config("model.num_heads=16", "model.num_kv_heads=1")

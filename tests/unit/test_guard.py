@@ -24,13 +24,14 @@ from bitscale.guard import (
     AMENDMENTS_NAME,
     Fault,
     Watch,
+    complete_record,
     decide,
     error_for,
     load_amendments,
     write_amendments,
 )
 from bitscale.quant.schedule import Strength, quant_strength
-from bitscale.recorder import TrainRecord
+from bitscale.recorder import METRICS_NAME, Recorder, TrainRecord, read_lines
 
 pytestmark = pytest.mark.unit
 
@@ -141,6 +142,28 @@ def test_the_run_remembers_what_its_checkpoint_does_not(tmp_path: Path) -> None:
         load_amendments(tmp_path, reader(skip(8)))
 
 
+def test_only_a_rollback_of_its_own_is_recorded_after_a_kill(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """A fork's first line must say where it began from: `--resume auto` looks for it there."""
+    cfg = make_config(f"run.dir={tmp_path}")
+    recorder = Recorder(tmp_path, enabled=True, resume_step=0, num_steps=9, tensorboard=False)
+
+    def recorded() -> list[int]:
+        return [line["number"] for _, _, line in read_lines(tmp_path / METRICS_NAME)]
+
+    inherited, own, next_own = skip(7), skip(9, number=2), skip(11, number=3)
+    complete_record(cfg, recorder, ())
+    complete_record(cfg, recorder, (inherited,))
+    assert recorded() == []
+    for made in ((inherited, own), (inherited, own, next_own)):
+        write_amendments(tmp_path, made)
+        for _ in range(2):  # the second time it is there
+            complete_record(cfg, recorder, made)
+    recorder.close()
+    assert recorded() == [2, 3]
+
+
 # --- What is seen ---
 
 
@@ -239,6 +262,14 @@ def test_a_slower_ramp_must_change_something(make_config: MakeConfig) -> None:
         decide(cfg, NAN._replace(step=80), (), checkpoints(60, 70))
     amendment, _ = decide(cfg, NAN._replace(step=70), (), checkpoints(50, 60))
     assert amendment.from_step == 50
+    # The last step, 99, must have λ = 1: 10 steps of the ramp are left at step 50.
+    for factor, ends in ((4.8, True), (5.0, False)):
+        cfg = make_config(*SLOWER, f"transition.guard.slower={factor}")
+        if ends:
+            decide(cfg, NAN, (), checkpoints(50))
+            continue
+        with pytest.raises(NonFiniteLoss, match="would not end within the run's 100 steps"):
+            decide(cfg, NAN, (), checkpoints(50))
 
 
 @pytest.mark.parametrize(

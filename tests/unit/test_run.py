@@ -3,6 +3,8 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -255,6 +257,17 @@ def test_killed_before_the_first_checkpoint(cfg: Config, tmp_path: Path) -> None
     assert run.find_resume(cfg, "auto") == own
 
 
+def test_killed_before_the_first_line(cfg: Config, tmp_path: Path) -> None:
+    """The same command goes on from the same trunk: nothing else knows of it."""
+    trunk = add_checkpoint(tmp_path / "trunk", 20)
+    run_dir = Path(cfg.run.dir)
+    run_dir.mkdir()
+    for torn in ("", '{"kind": "event", "st'):
+        (run_dir / "metrics.jsonl").write_text(torn)
+        assert run.find_resume(cfg, str(trunk)) == trunk
+        assert run.find_resume(cfg, None) is None
+
+
 def test_resume_from_a_path(cfg: Config, tmp_path: Path) -> None:
     trunk = tmp_path / "trunk"
     first = add_checkpoint(trunk, 20)
@@ -270,6 +283,18 @@ def test_resume_from_an_earlier_checkpoint_of_the_same_run(cfg: Config) -> None:
     first = add_checkpoint(run_dir, 5)
     add_checkpoint(run_dir, 10, latest=True)
     assert run.find_resume(cfg, str(first)) == first
+
+
+@pytest.mark.parametrize("name", ["superseded-step-00000010", "step-00000010.bak"])
+def test_resume_from_what_the_run_has_kept_aside(cfg: Config, name: str) -> None:
+    run_dir = Path(cfg.run.dir)
+    add_metrics(run_dir, "start")
+    aside = add_checkpoint(run_dir, 10).rename(run_dir / "checkpoints" / name)
+    add_checkpoint(run_dir, 5, latest=True)
+    with pytest.raises(ConfigError) as error:
+        run.find_resume(cfg, str(aside))
+    assert f"{name} is no checkpoint in force of run.dir" in str(error.value)
+    assert "rename it step-NNNNNNNN" in str(error.value)
 
 
 @pytest.mark.parametrize("resume", ["nowhere", "."])
@@ -371,3 +396,41 @@ def test_a_sub_norm_that_waits_makes_no_other_model(
     assert run.sub_norms_wait(cfg, meta) is waits
     here = {"model.sub_norm": json.dumps(cfg.model.sub_norm), "model.d_model": "64"}
     assert (run.identity_for(cfg, meta) == here) is waits
+
+
+@pytest.mark.parametrize(
+    ("theirs", "step", "lambda_weight", "ramp", "is_refused"),
+    [
+        ("null", 7, 0.0, "none", False),  # at that very step
+        ("null", 8, 0.0, "none", True),
+        ("null", 8, 0.0, "linear", True),
+        ("null", 8, 1.0, "none", False),  # imported, and ternary
+        ("{step: 7}", 8, 0.0, "linear", False),  # the first step of a ramp has λ = 0
+        ("{step: 9}", 9, 0.0, "linear", True),
+        ("{step: 7}", 9, 0.25, "linear", False),
+    ],
+)
+def test_a_fork_must_not_have_missed_its_transition(
+    theirs: str,
+    step: int,
+    lambda_weight: float,
+    ramp: str,
+    is_refused: bool,
+    make_config: MakeConfig,
+) -> None:
+    """Its λ would jump, and the policy for the optimizer's state never act."""
+    over = f"transition.ramp.over.steps={4 if ramp == 'linear' else 0}"
+    cfg = make_config("transition.at.step=7", f"transition.ramp.shape={ramp}", over)
+    meta = meta_of(make_config(f"transition.at={theirs}"), step, lambda_weight)
+    trunk: Any = SimpleNamespace(path=Path("trunk"), meta=meta)
+    if not is_refused:
+        assert run.compare(cfg, meta.identity, trunk, ()).differences == []
+        return
+    with pytest.raises(CheckpointError) as error:
+        run.compare(cfg, meta.identity, trunk, ())
+    assert str(error.value) == (
+        f"transition.at is step 7 here and step {step} or later in trunk; use the checkpoint's, "
+        "or pass --allow-change transition.at to go on"
+    )
+    (difference,) = run.compare(cfg, meta.identity, trunk, ["transition.at"]).differences
+    assert "transition.at is step 7" in difference

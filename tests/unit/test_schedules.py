@@ -98,6 +98,8 @@ def test_strength_before_inside_and_after(make_config: MakeConfig) -> None:
     assert quant_strength(59, cfg) == Strength(0.95, 0.95)
     assert quant_strength(60, cfg) == quant_strength(99, cfg) == TERNARY
     assert ramp_end_step(cfg) == 60
+    longest = make_config("transition.ramp={shape: linear, over: {steps: 59}}")
+    assert quant_strength(99, longest) == TERNARY
 
 
 def test_activations_have_their_own_ramp(make_config: MakeConfig) -> None:

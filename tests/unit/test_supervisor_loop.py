@@ -114,5 +114,8 @@ def test_a_run_that_has_begun_continues_from_its_own(supervisor: Scripted) -> No
     )
     supervisor.options = trunk
     assert supervisor.command()[-2:] == ["--resume", "runs/trunk"]
-    (supervisor.run_dir / "metrics.jsonl").touch()
+    metrics = supervisor.run_dir / "metrics.jsonl"
+    metrics.touch()  # killed before its first line, which would say what it began from
+    assert "auto" not in supervisor.command()
+    metrics.write_text('{"kind": "event", "step": 0, "event": "start"}\n')
     assert supervisor.command()[-2:] == ["--resume", "auto"]
