@@ -77,6 +77,8 @@ def verify(
 
     Raises BitscaleError if a model cannot be read or computed.
     """
+    if num_tokens < 2:
+        raise DataError(f"--tokens {num_tokens} are too few to compare; give 2 or more")
     if program is not None:
         _refuse_for_program(b, text)
         program = find_program(program)
