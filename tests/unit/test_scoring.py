@@ -285,6 +285,7 @@ def test_errors_name_value_reason_and_remedy(
         ("--split", "exam"): "no corpus has a 'exam' split",
         ("--stride", "99"): "a stride of 99 leaves out targets",
         ("--out", "/proc/absent/x.json"): "--out /proc/absent/x.json cannot be written",
+        ("--out", str(tmp_path)): f"--out {tmp_path} is a directory; name a file, such as",
     }
     for arguments, message in cases.items():
         assert main(["eval", model, *arguments]) == 2, arguments
