@@ -42,7 +42,7 @@ def _read_csv(path: Path) -> list[Row]:
         # Spreadsheets begin a CSV in UTF-8 with a byte-order mark.
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            rows = []
+            rows: list[Row] = []
             for row in reader:
                 if None in row:
                     raise DataError(
