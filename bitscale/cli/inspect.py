@@ -39,9 +39,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     from bitscale.cli.json_file import refuse_unwritable, write_json
-    from bitscale.sources.inspection import inspect
 
     refuse_unwritable(args.json)
+    from bitscale.sources.inspection import inspect  # and torch, which takes seconds
+
     description = inspect(args.path, read_values=not args.headers)
     print("\n".join(show(description, each=args.tensors)))
     if args.json:

@@ -48,11 +48,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     from bitscale.cli.json_file import refuse_unwritable, write_json
-    from bitscale.config import load_config
-    from bitscale.convert.verify import verify
-    from bitscale.sources.as_model import open_model
 
     refuse_unwritable(args.json)
+    from bitscale.config import load_config
+    from bitscale.convert.verify import verify
+    from bitscale.sources.as_model import open_model  # and torch, which takes seconds
+
     cfg = args.config and load_config(args.config)
     a, b = open_model(args.a, cfg), open_model(args.b, cfg)
     checks = verify(a, b, text=args.text, num_tokens=args.tokens, program=args.llama_cpp)
