@@ -144,9 +144,11 @@ def _check_options(options: PrepareOptions) -> None:
         )
     if options.workers is not None and options.workers < 1:
         raise DataError(f"--workers {options.workers} is not a number of processes; give 1 or more")
-    if options.tokenizer is None and not 1 <= options.vocab_size < 2**31:
+    if options.tokenizer is None and options.vocab_size < 1:
+        raise DataError(f"--vocab-size {options.vocab_size} is not positive; for example 4096")
+    if options.tokenizer is None and options.vocab_size >= 2**31:
         raise DataError(
-            f"--vocab-size {options.vocab_size} is not a number of pieces; for example 4096"
+            f"--vocab-size {options.vocab_size} is more than a tokenizer can have; for example 4096"
         )
 
 
