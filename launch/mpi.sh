@@ -28,10 +28,14 @@ fi
 alive='-o ConnectTimeout=10 -o ServerAliveInterval=20 -o ServerAliveCountMax=3 -o LogLevel=INFO'
 options+=(--mca oob_tcp_keepalive_time 10 --mca oob_tcp_keepalive_intvl 10
   --mca oob_tcp_keepalive_probes 3 --mca plm_rsh_args "${SSH_PORT:+-p $SSH_PORT }$alive")
-# The allow list of docs/safety.md; mpirun passes on nothing that is not named.
+# The allow list of docs/safety.md; mpirun passes on nothing that is not named. A value that other
+# hosts would not read ends this script here.
+environment=$(bitscale doctor --print-environment)
 while IFS='=' read -r name _; do
-  options+=(-x "$name")
-done < <(bitscale doctor --print-environment)
+  if [[ -n $name ]]; then
+    options+=(-x "$name")
+  fi
+done <<<"$environment"
 
 # Cores are shared out by bitscale (engine.num_threads), not bound by mpirun.
 exec mpirun -n "$ranks" --bind-to none "${options[@]}" \

@@ -109,17 +109,45 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError("--quick leaves out what needs other hosts; add --local")
     if args.ssh_only and args.hostfile is None:
         raise ConfigError("--ssh-only logs in to the hosts of a hostfile; name it by --hostfile")
+    for option in ("answer", "share"):
+        seconds = getattr(args, f"{option}_seconds")
+        if not 0 < seconds < float("inf"):
+            raise ConfigError(f"--{option}-seconds {seconds:g} is not a time above 0")
     if args.port is not None and not 0 < args.port < 65536:
         raise ConfigError(f"--port {args.port} is not a port; use 1024 to 65535")
 
 
-def _require_ssh(args: argparse.Namespace) -> None:
-    import shlex
+def _master_port(text: str) -> int:
+    from bitscale.errors import ConfigError
 
+    if text and not text.isdecimal():  # Kubernetes sets it to tcp://... for a service "master"
+        raise ConfigError(f"MASTER_PORT={text!r} is not a port; unset it, or give --port")
+    return int(text or _MASTER_PORT)
+
+
+def _ssh(args: argparse.Namespace) -> list[str]:
+    import shlex
+    import shutil
+
+    from bitscale.errors import ConfigError
+
+    try:
+        command = shlex.split(args.ssh)
+    except ValueError as error:
+        raise ConfigError(f"--ssh {args.ssh!r}: {error}; write it as for a shell") from None
+    if not command or shutil.which(command[0]) is None:
+        raise ConfigError(
+            f"--ssh {args.ssh!r}: this host has no such program; install openssh-client, or name "
+            "another"
+        )
+    return command
+
+
+def _require_ssh(args: argparse.Namespace) -> None:
     from bitscale.doctor.reach import require_ssh
     from bitscale.hostfile import read_hostfile
 
-    require_ssh(read_hostfile(args.hostfile), shlex.split(args.ssh), args.answer_seconds)
+    require_ssh(read_hostfile(args.hostfile), _ssh(args), args.answer_seconds)
 
 
 def _local(args: argparse.Namespace) -> tuple[Examination, int]:
@@ -143,7 +171,6 @@ def _local(args: argparse.Namespace) -> tuple[Examination, int]:
 def _cluster(args: argparse.Namespace) -> tuple[Examination, int]:
     import os
     import platform
-    import shlex
 
     from bitscale.config import load_config
     from bitscale.doctor.cluster import Request, examine_cluster
@@ -160,9 +187,9 @@ def _cluster(args: argparse.Namespace) -> tuple[Examination, int]:
     request = Request(
         hosts=hosts,
         local=args.hostfile is None,
-        ssh=shlex.split(args.ssh),
+        ssh=[] if args.hostfile is None else _ssh(args),
         environment={} if args.hostfile is None else exported(os.environ),
-        port=args.port or int(os.environ.get("MASTER_PORT", _MASTER_PORT)),
+        port=args.port or _master_port(os.environ.get("MASTER_PORT", "")),
         config=cfg,
         # Absolute: hosts must mean the same directory.
         run_dir=None if run_dir is None else str(run_dir.absolute()),

@@ -53,10 +53,19 @@ def run(args: argparse.Namespace) -> int:
     from bitscale.config import load_config
     from bitscale.convert.certificate import read_certificate
     from bitscale.convert.to_checkpoint import write_checkpoint
+    from bitscale.errors import ConfigError
     from bitscale.run import versions
     from bitscale.sources import holds_training_state, locate
     from bitscale.sources.as_model import open_model
 
+    if args.overrides and args.config is None:
+        raise ConfigError(
+            f"{args.overrides[0]!r} changes a configuration, and none is given; add --config FILE"
+        )
+    if args.seq_len is not None and args.seq_len < 1:
+        raise ConfigError(
+            f"--seq-len {args.seq_len} is not positive; leave it out for the model's own"
+        )
     is_state = holds_training_state(args.source)
     # Our own export to Megatron-core holds weights and says all of them that is to be known.
     if is_state and args.config is not None and read_certificate(locate(args.source)) is None:

@@ -38,14 +38,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    import json
+    from bitscale.cli.json_file import refuse_unwritable, write_json
 
-    from bitscale.sources.inspection import inspect
+    refuse_unwritable(args.json)
+    from bitscale.sources.inspection import inspect  # and torch, which takes seconds
 
     description = inspect(args.path, read_values=not args.headers)
     print("\n".join(show(description, each=args.tensors)))
     if args.json:
-        args.json.write_text(json.dumps(description.to_tree(), indent=2) + "\n")
+        write_json(args.json, description.to_tree())
     return 0
 
 

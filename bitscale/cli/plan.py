@@ -45,11 +45,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    import json
-
     from bitscale import plan as planning
+    from bitscale.cli.json_file import refuse_unwritable, write_json
     from bitscale.config import load_config
 
+    refuse_unwritable(args.json)
     cfg = load_config(args.config, args.overrides)
     cluster = planning.Cluster(args.nodes, args.gpus_per_node, planning.find_gpu(args.gpu))
     shares = {
@@ -67,5 +67,5 @@ def run(args: argparse.Namespace) -> int:
         print(planning.show(plan), end="")
         tree = planning.to_tree(plan)
     if args.json:
-        args.json.write_text(json.dumps(tree, indent=2) + "\n")
+        write_json(args.json, tree)
     return 0

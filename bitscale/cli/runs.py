@@ -27,16 +27,22 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitscale.status import as_json, find_runs, read_status, show_runs
+    from typing import get_args
 
+    from bitscale.errors import DataError
+    from bitscale.status import as_json, find_runs, read_status, show_runs
+    from bitscale.status.read import State
+
+    wanted = {name.strip() for name in (args.state or "").split(",") if name.strip()}
+    if unknown := sorted(wanted - set(get_args(State))):
+        raise DataError(f"--state {unknown[0]!r} is none; use {', '.join(get_args(State))}")
     runs = [read_status(path) for path in find_runs(args.folder)]
-    if args.state:
-        wanted = {name.strip() for name in args.state.split(",")}
+    if wanted:
         runs = [run for run in runs if run.state in wanted]
     if args.json:
         print(json.dumps([as_json(run) for run in runs], ensure_ascii=False))
     elif runs:
         print(show_runs(runs))
     else:
-        print(f"no runs below {args.folder}")
+        print(f"no {'such ' if wanted else ''}runs below {args.folder}")
     return 0

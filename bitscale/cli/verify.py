@@ -47,11 +47,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    import json
+    from bitscale.cli.json_file import refuse_unwritable, write_json
 
+    refuse_unwritable(args.json)
     from bitscale.config import load_config
     from bitscale.convert.verify import verify
-    from bitscale.sources.as_model import open_model
+    from bitscale.sources.as_model import open_model  # and torch, which takes seconds
 
     cfg = args.config and load_config(args.config)
     a, b = open_model(args.a, cfg), open_model(args.b, cfg)
@@ -62,5 +63,5 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.b} is {'' if same else 'NOT '}the model of {args.a}")
     if args.json:
         result = {"same": same, "checks": [check._asdict() for check in checks]}
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.json, result)
     return 0 if same else 1

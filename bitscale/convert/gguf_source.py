@@ -72,7 +72,7 @@ def gguf_source(path: Path) -> ModelSource:
         strength=Strength(**content["trained_at"]) if content else computes,
         step=content["source"]["step"] if content else 0,
         tokens=content["source"]["tokens"] if content else 0,
-        seq_len=content["seq_len"] if content else file.metadata[f"{architecture}.context_length"],
+        seq_len=content["seq_len"] if content else _value(file, architecture, "context_length"),
         reset_attention=content["reset_attention"] if content else False,
         corpora=tuple(content["corpora"]) if content else (),
         config_hash=content["config_hash"] if content else "",
@@ -133,26 +133,19 @@ def _computes(stores_codes: bool, holds_codes: bool) -> Strength:
 
 def _model_config(file: GgufFile, architecture: Architecture) -> ModelConfig:
     """Of a foreign file, from its hyperparameters."""
-
-    def value(key: str, default: Any = None) -> Any:
-        found = file.metadata.get(f"{architecture}.{key}", default)
-        if found is None:
-            raise CheckpointError(f"{file.path} has no {architecture}.{key} in its metadata")
-        # Stored as fp32: 1e-5 is meant, not 9.99999974e-06.
-        return float(str(np.float32(found))) if isinstance(found, float) else found
-
-    scaling = value("rope.scaling.type", "none")
+    value = partial(_value, file, architecture)
+    scaling = value("rope.scaling.type", "linear")  # llama.cpp's default, with a factor of 1
     if scaling not in ("none", "linear") or ROPE_FACTORS in file.tensors:
         raise CheckpointError(
             f"{file.path} stretches its rotary frequencies ({scaling}); from foreign GGUF files "
             "only plain and linearly scaled ones are read: import the Hugging Face directory"
         )
-    factor = value("rope.scaling.factor", 1.0)
+    factor = value("rope.scaling.factor", value("rope.scale_linear", 1.0))  # its older name
     linear = scaling == "linear" and factor != 1.0
     embedding = file.tensors.get("token_embd.weight")
     heads = value("attention.head_count")
     try:
-        return ModelConfig(
+        m = ModelConfig(
             vocab_size=embedding.shape[0] if embedding else None,
             num_layers=value("block_count"),
             d_model=value("embedding_length"),
@@ -169,6 +162,26 @@ def _model_config(file: GgufFile, architecture: Architecture) -> ModelConfig:
         )
     except ValidationError as error:
         raise CheckpointError(f"{file.path}: {_one_line(error)}") from error
+    head_width = m.d_model // m.num_heads
+    rotated = value("rope.dimension_count", head_width)
+    if rotated != head_width:
+        raise CheckpointError(
+            f"{file.path} rotates {rotated} of the {head_width} numbers of a head, and the decoder "
+            "all of them; import another model"
+        )
+    return m
+
+
+def _value(file: GgufFile, architecture: Architecture, key: str, default: Any = None) -> Any:
+    """A hyperparameter. CheckpointError if it is missing and has no default."""
+    found = file.metadata.get(f"{architecture}.{key}", default)
+    if found is None:
+        raise CheckpointError(
+            f"{file.path} has no {architecture}.{key} in its metadata; convert the model again "
+            "with a current llama.cpp"
+        )
+    # Stored as fp32: 1e-5 is meant, not 9.99999974e-06.
+    return float(str(np.float32(found))) if isinstance(found, float) else found
 
 
 def _scale_rounding(file: GgufFile, types: set[str]) -> float:

@@ -203,7 +203,7 @@ class _Files:
                 "another copy"
             )
         scale = 1.0 / stored if divides else stored
-        if scale > 1.0 and name not in self.exact_scales:
+        if scale > 1.0 and self.convention is None and name not in self.exact_scales:
             other = "multiply" if divides else "divide"
             raise CheckpointError(
                 f"{self.path}: {name} would have scale {float(scale):g}, and weights are smaller "

@@ -89,6 +89,7 @@ def from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any | None:
         for token in range(tokenizer.vocab_size)
         if processor.is_control(token) or processor.is_unknown(token)
     ]
+    symbols = _user_defined(processor)
     for model in _models(processor, pieces, scores):
         fast = Fast(model)
         fast.normalizer = normalizers.Sequence(steps)
@@ -101,9 +102,20 @@ def from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any | None:
             ]
         )
         fast.add_special_tokens(special)
-        if _agree(fast, tokenizer):
+        fast.add_tokens([AddedToken(symbol, normalized=False) for symbol in symbols])
+        if _agree(fast, tokenizer, symbols):
             return fast
     return None
+
+
+def _user_defined(processor: Any) -> list[str]:
+    """The symbols that are a piece wherever a text has them, whatever merges and scores say."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(processor.serialized_model_proto())
+    kind = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+    return [p.piece.replace(WHITESPACE_MARK, " ") for p in proto.pieces if p.type == kind]
 
 
 def _models(processor: Any, pieces: list[str], scores: list[float]) -> list[Any]:
@@ -136,10 +148,10 @@ def _merges(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, 
     return [(left, right) for *_, left, right in sorted(merges)]
 
 
-def _agree(fast: Any, tokenizer: Tokenizer) -> bool:
+def _agree(fast: Any, tokenizer: Tokenizer, symbols: list[str]) -> bool:
     return all(
         fast.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
-        for text in _PROBES
+        for text in (*_PROBES, *(f"{symbol}a {symbol} b{symbol}{symbol}" for symbol in symbols))
     )
 
 

@@ -27,6 +27,7 @@ from bitscale.convert.gguf_file import GgufFile, GgufTensor, is_gguf, open_gguf
 from bitscale.convert.gguf_source import certificate_of, codes_and_scale
 from bitscale.convert.model_source import ModelSource, checkpoint_source
 from bitscale.convert.packed import is_packed, packed_source
+from bitscale.convert.tensor_reader import weight_files
 from bitscale.data.progress import ByteProgress
 from bitscale.errors import CheckpointError
 from bitscale.quant.pack import unpack_2bit
@@ -157,6 +158,8 @@ def values_of(content: Tensor | Ternary | None) -> dict[str, Any]:
         return {"values": "ternary", "zeros": zeros, "scale": scale}
     if not content.is_floating_point() or not content.numel():
         return {}
+    if content.itemsize == 1:  # 8-bit floats, which PyTorch stores and does not compute with
+        content = content.float()
     if not bool(torch.isfinite(content).all()):
         return {"values": "NaN or infinity"}
     zeros = float((content == 0).float().mean())
@@ -282,9 +285,12 @@ def _huggingface(path: Path) -> Opened:
                 "tie_word_embeddings", "quantization_config"):  # fmt: skip
         if tree.get(key) is not None:
             facts[key] = tree[key]
-    files = sorted(path.glob("*.safetensors"))
-    listed = _safetensors(files)
-    for file in [] if files else sorted(path.glob("*.bin")):
+    # Beside the model there may be a second copy (consolidated.safetensors), or other things
+    # (training_args.bin).
+    files = sorted(weight_files(path)) or sorted(path.glob("*.safetensors"))
+    files = files or sorted(path.glob("*.bin"))
+    listed = _safetensors(file for file in files if file.suffix != ".bin")
+    for file in (file for file in files if file.suffix == ".bin"):
         pickled = _pickled(file)
         listed.facts += pickled.facts
         listed.readers += pickled.readers
@@ -351,18 +357,23 @@ def _header(path: Path) -> dict[str, Any]:
             if size > path.stat().st_size - 8:
                 raise ValueError(f"its header claims {size} bytes and the file ends before")
             header: dict[str, Any] = json.loads(file.read(size))
+            if not all(isinstance(entry, dict) for entry in header.values()):
+                raise ValueError("its header does not describe tensors")
             return header
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise _damaged(path, error) from error
 
 
 def _raw_bytes(path: Path) -> dict[str, int]:
     """Bytes of every tensor in a safetensors file."""
     header = _header(path)
-    ranges: Mapping[str, list[int]] = {
-        name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"
-    }
-    return {name: end - start for name, (start, end) in ranges.items()}
+    try:
+        ranges: Mapping[str, list[int]] = {
+            name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"
+        }
+        return {name: end - start for name, (start, end) in ranges.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
 
 
 def _file_metadata(path: Path) -> dict[str, Any]:

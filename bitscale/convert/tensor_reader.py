@@ -4,7 +4,7 @@ One tensor is read at a time. Nothing in a file is executed.
 """
 
 import json
-import pickle
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,13 @@ class TensorReader:
         self.directory = directory
         self._get: dict[str, Callable[[], Tensor]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for file, names in _files(directory).items():
+        files = weight_files(directory)
+        if not files:
+            raise CheckpointError(
+                f"{directory}: neither model.safetensors nor its index nor {_PICKLE_NAME}; name "
+                "the directory that holds the weights"
+            )
+        for file, names in files.items():
             self._open(file, names)
 
     def read(self, name: str) -> Tensor:
@@ -68,18 +74,20 @@ class TensorReader:
 _Opened = dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]]
 
 
-def _files(directory: Path) -> dict[Path, list[str] | None]:
-    """The files that hold tensors, with the names that an index expects in each."""
+def weight_files(directory: Path) -> dict[Path, list[str] | None]:
+    """The files that hold a model's tensors, with the names that an index expects in each; empty
+    if there are none by these names.
+
+    In transformers' order: the whole file comes before an index, which `save_pretrained` leaves
+    behind when it writes over a model in shards.
+    """
     for whole in (directory / "model.safetensors", directory / _PICKLE_NAME):
         index = directory / (INDEX_NAME if whole.suffix != ".bin" else f"{_PICKLE_NAME}.index.json")
-        if index.is_file():
-            return _indexed(index)
         if whole.is_file():
             return {whole: None}
-    raise CheckpointError(
-        f"{directory}: neither model.safetensors nor its index nor {_PICKLE_NAME}; name the "
-        "directory that holds the weights"
-    )
+        if index.is_file():
+            return _indexed(index)
+    return {}
 
 
 def _indexed(index: Path) -> dict[Path, list[str] | None]:
@@ -117,8 +125,9 @@ def _open_safetensors(file: Path) -> _Opened:
 
 def _open_pickle(file: Path) -> _Opened:
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        mapped = zipfile.is_zipfile(file)  # those of before PyTorch 1.6 are read whole
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # the unpickler of hostile bytes raises anything
         reason = " ".join(str(error).split())[:120]
         raise CheckpointError(
             f"{file}: not plain tensors, and nothing else is unpickled because it could run code "

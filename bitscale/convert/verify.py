@@ -77,6 +77,8 @@ def verify(
 
     Raises BitscaleError if a model cannot be read or computed.
     """
+    if num_tokens < 2:
+        raise DataError(f"--tokens {num_tokens} are too few to compare; give 2 or more")
     if program is not None:
         _refuse_for_program(b, text)
         program = find_program(program)
@@ -343,6 +345,6 @@ def _encoded(source: ModelSource, content: str) -> list[int]:
 
 def _read_text(text: Path, num_characters: int) -> str:
     try:
-        return text.read_text(encoding="utf-8")[:num_characters]
+        return text.read_text(encoding="utf-8-sig")[:num_characters]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--text {text}: not readable as UTF-8 text ({error})") from error

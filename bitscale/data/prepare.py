@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -97,12 +97,15 @@ def prepare(options: PrepareOptions) -> PreparedCorpus:
     """
     start = time.monotonic()
     _check_options(options)
+    if options.out.is_symlink():  # OUT.partial belongs beside the folder itself, on its disk
+        options = replace(options, out=options.out.resolve())
     inputs = find_inputs(options.inputs, options.source)
     for note in inputs.notes:
         say(f"note: {note}")
     request = _request(options, inputs)
     if corpus := _find_up_to_date(options, request):
         return corpus
+    _refuse_unmovable(options.out)
     with _locked_folder(Path(f"{options.out}.partial")) as partial:
         if corpus := _find_up_to_date(options, request):  # another process was faster
             return corpus
@@ -127,7 +130,8 @@ def prepare(options: PrepareOptions) -> PreparedCorpus:
 def _check_options(options: PrepareOptions) -> None:
     if not options.inputs:
         raise DataError("no input given; name files, folders or builtin:python-docs")
-    if any(share < 0 for share in options.split) or abs(sum(options.split) - 1) > 1e-6:
+    # NaN is neither.
+    if not (all(share >= 0 for share in options.split) and abs(sum(options.split) - 1) <= 1e-6):
         shares = ",".join(f"{share:g}" for share in options.split)
         raise DataError(
             f"--split {shares} is not three shares that sum to 1 (train, valid, test); "
@@ -142,6 +146,10 @@ def _check_options(options: PrepareOptions) -> None:
         raise DataError(f"--workers {options.workers} is not a number of processes; give 1 or more")
     if options.tokenizer is None and options.vocab_size < 1:
         raise DataError(f"--vocab-size {options.vocab_size} is not positive; for example 4096")
+    if options.tokenizer is None and options.vocab_size >= 2**31:
+        raise DataError(
+            f"--vocab-size {options.vocab_size} is more than a tokenizer can have; for example 4096"
+        )
 
 
 def _request(options: PrepareOptions, inputs: Inputs) -> dict[str, Any]:
@@ -220,6 +228,15 @@ def _request_of(manifest: Manifest) -> dict[str, Any]:
         "tokenizer": manifest.options["tokenizer"],
         "inputs": manifest.inputs,
     }
+
+
+def _refuse_unmovable(out: Path) -> None:
+    """Known before the work: the complete corpus gets its name by a rename, and replaces `out`."""
+    if out.name in ("", "..") or out.is_mount():
+        raise DataError(
+            f"--out {out} is a place that no folder can be renamed to; name one in it, such as "
+            f"{out / 'corpus'}"
+        )
 
 
 @contextmanager

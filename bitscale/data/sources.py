@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -96,7 +97,7 @@ def find_inputs(inputs: tuple[str, ...], options: SourceOptions) -> Inputs:
         elif options.format == "hf":
             _add_hf_dataset(given, options, found)
         else:
-            for path, name in _files_of(given, options):
+            for path, name in _files_of(given, options, found.notes):
                 _add_file(path, name, options, found)
     return found
 
@@ -120,8 +121,8 @@ def read_span(span: Span, options: SourceOptions) -> Iterator[str]:
 # Files and folders
 
 
-def _files_of(given: str, options: SourceOptions) -> list[tuple[Path, str]]:
-    """Paths with their names relative to the input as given."""
+def _files_of(given: str, options: SourceOptions, notes: list[str]) -> list[tuple[Path, str]]:
+    """Paths with their names relative to the input as given; `notes` is told what is left out."""
     root = Path(given)
     if root.is_file():
         return [(root, root.name)]
@@ -130,13 +131,23 @@ def _files_of(given: str, options: SourceOptions) -> list[tuple[Path, str]]:
             f"input {given!r} does not exist; give a file, a folder or {python_docs.NAME}, or "
             "--format hf for a Hugging Face dataset"
         )
-    files = [
-        (path, path.relative_to(root).as_posix()) for path in root.rglob("*") if path.is_file()
+    found = [(path, path.relative_to(root).as_posix()) for path in root.rglob("*")]
+    found = [
+        (path, name)
+        for path, name in found
+        if not any(part.startswith(".") for part in Path(name).parts)
     ]
+    links = sorted(name for path, name in found if path.is_symlink() and not path.is_file())
+    if links:
+        notes.append(
+            f"folder {given!r}: {len(links)} links to folders, or to nothing, are not followed "
+            f"({', '.join(links[:3])}{', ...' if links[3:] else ''}); name what they lead to as "
+            "inputs of their own"
+        )
     wanted = [
         (path, name)
-        for path, name in files
-        if not any(part.startswith(".") for part in Path(name).parts)
+        for path, name in found
+        if path.is_file()
         and (options.format in ("auto", "text") or _kind_by_suffix(path) == options.format)
     ]
     if not wanted:
@@ -163,7 +174,9 @@ def _add_file(path: Path, name: str, options: SourceOptions, found: Inputs) -> N
         raise DataError(
             f"input {path} cannot be read: {error.strerror}; check its permissions"
         ) from error
-    found.files.append(InputFile(name, status.st_size, str(status.st_mtime_ns)))
+    # A name may be bytes that are no UTF-8, which no JSON can hold.
+    shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+    found.files.append(InputFile(shown, status.st_size, str(status.st_mtime_ns)))
     kind = _kind_by_suffix(path) if options.format == "auto" else options.format
     location = str(path.absolute())
     if kind == "parquet":

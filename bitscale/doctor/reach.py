@@ -34,6 +34,8 @@ def _why_not(host: Host, ssh: Sequence[str], seconds: float) -> str:
         )
     except subprocess.TimeoutExpired:
         return f"no answer within {seconds:.0f} s"
+    except OSError as error:
+        return f"{command[0]} cannot be run: {error.strerror}"
     if done.returncode == 0:
         return ""
     lines = done.stderr.strip().splitlines()

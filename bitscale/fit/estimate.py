@@ -107,6 +107,12 @@ def _check(law: Law, columns: Columns, observed: Floats) -> None:
                 f"law {law.name!r}: all rows have {name} = {columns[name][0]:g}; vary it in the "
                 "sweep, or choose another --law"
             )
+    for name in law.scaled:
+        if not (columns[name] > 0).all():
+            raise DataError(
+                f"law {law.name!r}: a row has {name} = {columns[name].min():g}, and the law takes "
+                "its logarithm; leave the row out (--where), or mend it"
+            )
     if law.logarithmic and not (observed > 0).all():
         raise DataError(f"law {law.name!r}: {law.response} must be above 0 in every row")
 

@@ -27,6 +27,7 @@ TERNARY_BITS = math.log2(3)
 _PAPER_PARAMETERS = (86e6, 2.2e9)
 _PAPER_BITS = 1.0, 6.0
 _SMALLEST, _LARGEST = 5e4, 1e12
+_MOST_TOKENS = 1e16
 _FRACTION_LIMITS = (0.02, 0.98)
 
 
@@ -95,6 +96,13 @@ def recommend(
         )
     if not tokens >= 1e5:
         raise ConfigError(f"--tokens {tokens:g} is too few for any rule here; give at least 1e5")
+    if tokens > _MOST_TOKENS:
+        raise ConfigError(
+            f"--tokens {tokens:g} is more than any rule here covers; give at most {_MOST_TOKENS:g}"
+        )
+    for option, value in (("vocab-size", vocab_size), ("seq-len", seq_len)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{option} {value} is not positive; leave it out for a default")
     model = shape_for(parameters, vocab_size)
     count = cost.parameters(model).total
     s = tokens_per_parameter_byte(count, tokens, TERNARY_BITS)

@@ -26,8 +26,7 @@ def read_table(path: Path) -> list[Row]:
     if not path.is_file():
         raise DataError(f"{path} does not exist; name a RESULTS.parquet or .csv, or its directory")
     if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8") as file:
-            return [{k: _parsed(k, v) for k, v in row.items()} for row in csv.DictReader(file)]
+        return _read_csv(path)
     import pyarrow
     from pyarrow import parquet
 
@@ -36,6 +35,24 @@ def read_table(path: Path) -> list[Row]:
         return rows
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _read_csv(path: Path) -> list[Row]:
+    try:
+        # Spreadsheets begin a CSV in UTF-8 with a byte-order mark.
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows: list[Row] = []
+            for row in reader:
+                if None in row:
+                    raise DataError(
+                        f"{path}, line {reader.line_num}: more fields than the first line has "
+                        "names; mend it (a decimal comma needs quotes)"
+                    )
+                rows.append({name: _parsed(name, text) for name, text in row.items()})
+            return rows
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is not readable as CSV in UTF-8 ({error}); save it so") from error
 
 
 def _parsed(name: str, text: str | None) -> Any:

@@ -136,7 +136,13 @@ def score_held_out(
 
 
 def corpus_texts(paths: Sequence[Path], tokenizer_sha256: str, split: str) -> list[Text]:
-    """The `split` of prepared corpora. DataError if none has it, or the tokenizer is another."""
+    """The `split` of prepared corpora. DataError if there are none, if none has it, or the
+    tokenizer is another."""
+    if not paths:  # a published model
+        raise DataError(
+            "the model does not say what text it was trained on; name some with --text FILE, or a "
+            "prepared corpus with --corpus DIR"
+        )
     texts = [
         Text(shard, corpus.splits[split].num_bytes / max(shard.num_tokens, 1))
         for corpus in corpora_of_tokenizer(paths, tokenizer_sha256)
@@ -168,7 +174,7 @@ def text_files(paths: Sequence[Path], tokenizer: Tokenizer) -> Iterator[list[Tex
 
 def _read(path: Path) -> str:
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # as prepare, without a byte-order mark
     except OSError as error:
         raise DataError(
             f"--text {path} cannot be read: {error.strerror}; check its path and permissions"

@@ -144,6 +144,8 @@ def _version_of(package: str) -> dict[str, str]:
 
 def refuse_unwritable(path: Path) -> None:
     """DataError if nothing can be written at `path`: known before hours of work, not after."""
+    if path.is_dir():
+        raise DataError(f"--out {path} is a directory; name a file, such as {path / 'eval.json'}")
     staging = _staging(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

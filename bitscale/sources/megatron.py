@@ -206,6 +206,9 @@ def _stated(args: Inert, path: Path) -> dict[str, str]:
     state("model.rope_theta", "rotary_base", float)
     state("model.norm", "normalization", str.lower)
     state("model.tie_embeddings", "untie_embeddings_and_output_weights", lambda apart: not apart)
+    # Two activations have weights of one shape.
+    if args.get("swiglu") or args.get("gated_linear_unit") is not None:
+        stated["model.mlp"] = json.dumps(_mlp(args))
     state("data.seq_len", "seq_length", int)
     state("data.reset_attention", "reset_attention_mask", bool)
     state("train.global_batch_size", "global_batch_size", int)
@@ -223,6 +226,8 @@ _ONLY = {
     "rotary_percent": (1.0,),
     "rotary_interleaved": (False,),
     "use_rope_scaling": (False,),
+    "rotary_seq_len_interpolation_factor": (None, 1),
+    "no_rope_freq": (None,),
     "apply_layernorm_1p": (False,),
     "num_experts": (None,),
     "window_size": (None,),
@@ -261,10 +266,9 @@ def _model(args: Inert, vocab_size: int) -> dict[str, Any]:
     keys: dict[str, Any] = {ours: args.get(theirs) for ours, theirs in _SIZES.items()}
     if None in keys.values():
         return {}
-    gated = bool(args.get("swiglu")) or bool(args.get("gated_linear_unit"))
     keys["vocab_size"] = vocab_size
     keys["norm"] = str(args.get("normalization", "LayerNorm")).lower()
-    keys["mlp"] = ("swiglu" if args.get("swiglu") else "relu2_glu") if gated else "relu2"
+    keys["mlp"] = _mlp(args)
     if args.get("group_query_attention"):
         keys["num_kv_heads"] = args.get("num_query_groups")
     keys["qk_norm"] = bool(args.get("qk_layernorm"))
@@ -272,3 +276,9 @@ def _model(args: Inert, vocab_size: int) -> dict[str, Any]:
     keys["bias"] = next((bias for argument, bias in biases.items() if args.get(argument)), False)
     keys["tie_embeddings"] = not args.get("untie_embeddings_and_output_weights")
     return keys
+
+
+def _mlp(args: Inert) -> str:
+    if args.get("swiglu"):
+        return "swiglu"
+    return "relu2_glu" if args.get("gated_linear_unit") else "relu2"

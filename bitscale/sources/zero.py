@@ -54,8 +54,8 @@ def open_zero(path: Path) -> Tensors:
     """The state in such a directory. CheckpointError if it is damaged, incomplete or sharded over
     tensor-parallel ranks."""
     files = _optimizer_files(path)
-    ranks = [load_tensors(file, file, HARMLESS)["optimizer_state_dict"] for file in files]
     try:
+        ranks = [load_tensors(file, file, HARMLESS)["optimizer_state_dict"] for file in files]
         stage = int(plain(ranks[0].get("zero_stage", 1)))
         model = load_tensors(_model_file(path, stage), path, HARMLESS)
         _check_complete(path, ranks)
@@ -66,6 +66,7 @@ def open_zero(path: Path) -> Tensors:
         adam_steps = {
             name: flats[found[0].rank].adam_step(found[0].group) for name, found in pieces.items()
         }
+        step = int(model["global_steps"])
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(
             f"{path}: not laid out as DeepSpeed 0.19 saves ZeRO checkpoints ({error!r}); convert "
@@ -88,7 +89,7 @@ def open_zero(path: Path) -> Tensors:
         format=f"DeepSpeed ZeRO-{stage}",
         shapes=shapes,
         read=read,
-        step=int(model["global_steps"]),
+        step=step,
         adam_steps=adam_steps,
         stated={},
         world_size=len(files),

@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -72,13 +73,15 @@ def supervise(cfg: Config, options: Options) -> int:
     after saving.
 
     Raises:
-        ConfigError: no number of the hosts divides the batch and the layout, or another supervisor
-            has this run.
+        ConfigError: no number of the hosts divides the batch and the layout, another supervisor
+            has this run, or there is no ssh here.
     """
     if not largest_fit(cfg, options.hosts):
         raise ConfigError(why_unfit(cfg, options.hosts))
     run_dir = Path(cfg.run.dir)
     with run_lock.hold(run_dir, name=LOCK_NAME), StopRequest(repeats_kill=False) as request:
+        if shutil.which("ssh") is None:
+            raise ConfigError("this host has no ssh to reach the others by; install openssh-client")
         return Supervisor(cfg, options, run_dir).run(lambda: request.received)
 
 

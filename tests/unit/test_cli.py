@@ -195,3 +195,21 @@ def test_deepspeed_json(capsys: Capture, tiny_config_file: Path) -> None:
     assert derived["bf16"] == {"enabled": False}
     assert derived["zero_optimization"] == {"stage": 1, "overlap_comm": True}
     assert derived["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect A", "verify A B", "plan A --nodes 1 --gpus-per-node 1"]
+)
+def test_json_that_cannot_be_written_is_told_first(
+    command: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before A is looked for, which is not there; of `verify` 1 would mean another model."""
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as for others than root
+    for file, message in (
+        (tmp_path, "is a directory; name a file"),
+        (tmp_path / "absent" / "a.json", f"there is no folder {tmp_path / 'absent'}"),
+        (tmp_path / "a.json", "must not be written by you"),
+    ):
+        code, _, err = run_cli(capsys, *command.split(), "--json", str(file))
+        assert (code, err.startswith(f"error: --json {file}")) == (2, True), err
+        assert message in err

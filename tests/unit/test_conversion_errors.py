@@ -64,6 +64,7 @@ def truncated(directory: Path) -> None:
 
 def index(weight_map: dict[str, str]) -> Change:
     def change(directory: Path) -> None:
+        (directory / "model.safetensors").rename(directory / "shard.safetensors")
         file = directory / "model.safetensors.index.json"
         file.write_text(json.dumps({"weight_map": weight_map}))
 
@@ -101,7 +102,7 @@ BAD_LATENTS: dict[str, tuple[Change, str]] = {
         "model-00001-of-00002.safetensors: missing, though model.safetensors.index.json lists it",
     ),
     "index names a lost tensor": (
-        index({"model.layers.7.x": "model.safetensors"}),
+        index({"model.layers.7.x": "shard.safetensors"}),
         "model.layers.7.x is not in it, though the index says so (1 such tensors); copy the model",
     ),
     "index leaves the directory": (

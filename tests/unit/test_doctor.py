@@ -274,6 +274,9 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
     assert read_hostfile(path) == [Host("node1", 8), Host("me@10.0.0.2", 4)]
 
 
+HOSTS = str(Path(__file__).parents[2] / "launch" / "hostfile.example")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -283,6 +286,10 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
         (["train.steps=3"], "name it by --config"),
         (["--hostfile", "/no/such"], "--hostfile /no/such"),
         (["--ssh-only"], "name it by --hostfile"),
+        (["--answer-seconds", "nan"], "--answer-seconds nan is not a time above 0"),
+        (["--share-seconds", "-1"], "--share-seconds -1 is not a time above 0"),
+        (["--hostfile", HOSTS, "--ssh-only", "--ssh", "no-such-ssh -v"], "has no such program"),
+        (["--hostfile", HOSTS, "--ssh", "ssh 'x"], "No closing quotation; write it as for a"),
     ],
 )
 def test_bad_arguments_exit_2(
@@ -290,6 +297,14 @@ def test_bad_arguments_exit_2(
 ) -> None:
     assert main(["doctor", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_port_of_kubernetes_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MASTER_PORT", "tcp://10.0.0.7:29500")
+    assert main(["doctor"]) == 2
+    assert "MASTER_PORT='tcp://10.0.0.7:29500' is not a port; unset it" in capsys.readouterr().err
 
 
 def test_a_host_that_dies_hangs_or_chatters_is_a_failure_with_its_words() -> None:

@@ -25,6 +25,7 @@ from bitscale.fit.paired import (
 from bitscale.fit.qat_fraction import PAPER_A, best_fraction, fit_fraction
 from bitscale.fit.recommend import read_evidence, recommend, shape_for
 from bitscale.fit.report import fit_table, show, write_report
+from bitscale.fit.table import read_table
 from bitscale.model import cost
 from fit_recovery import PLANTED, fraction_table, grid, noisy
 
@@ -369,6 +370,43 @@ def test_recommend_refuses_what_no_rule_covers(capsys: pytest.CaptureFixture[str
     assert (
         "tokens per parameter-byte: the law for the QAT fraction needs" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "inf"], "--tokens inf is more than any rule here covers; give at most 1e+16"),
+        (["--tokens", "nan"], "--tokens nan is too few for any rule here; give at least 1e5"),
+        (["--tokens", "1e8", "--vocab-size", "0"], "--vocab-size 0 is not positive"),
+        (["--tokens", "1e8", "--seq-len", "-5"], "--seq-len -5 is not positive"),
+    ],
+)
+def test_recommend_refuses_numbers_that_mean_nothing(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["recommend", "--params", "1e6", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tables_of_spreadsheets(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(b"\xef\xbb\xbfparameters,tokens\r\n1,2\r\n")  # begins with a mark
+    assert read_table(file) == [{"parameters": 1, "tokens": 2}]
+    file.write_text("parameters,tokens\n1,2,3\n")
+    with pytest.raises(DataError, match="line 2: more fields than the first line has names"):
+        read_table(file)
+    file.write_bytes(b"parameters,tokens\n1,\xfc\n")
+    with pytest.raises(DataError, match="not readable as CSV in UTF-8"):
+        read_table(file)
+
+
+def test_rows_without_a_logarithm_are_refused(tmp_path: Path) -> None:
+    sizes = (1e5, 2e5, 4e5, 8e5, 1e6, 2e6, 4e6)
+    rows = [{"parameters": n, "tokens": 10 * n**1.5, "valid_loss": 2.0 + n**-0.3} for n in sizes]
+    rows[0]["tokens"] = 0.0
+    table = write_csv(tmp_path / "a.csv", rows)
+    with pytest.raises(DataError, match=r"a row has tokens = 0, and the law takes its logarithm"):
+        fit_table(table, "chinchilla", resamples=20)
 
 
 def test_shapes_are_trainable() -> None:

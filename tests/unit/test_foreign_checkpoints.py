@@ -338,6 +338,42 @@ def test_a_model_that_the_decoder_does_not_compute(make_config: MakeConfig, tmp_
     )
 
 
+@pytest.mark.parametrize(
+    "argument", [{"rotary_seq_len_interpolation_factor": 4}, {"no_rope_freq": 4}]
+)
+def test_other_rotations_are_refused(
+    argument: dict[str, int], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    norm = {NORM: torch.ones(32)}
+    common = {"iteration": 3, "args": argparse.Namespace(**argument)}
+    path = megatron_directory(tmp_path / "a", common, **norm)
+    assert f"trained with {next(iter(argument))}=4, which" in megatron_refusal(path, make_config())
+
+
+def test_a_megatron_checkpoint_states_its_activation(tmp_path: Path) -> None:
+    """The weights of SwiGLU and of a gated squared ReLU have the same shapes."""
+    from bitscale.sources.megatron import open_megatron
+
+    embedding = {"embedding.word_embeddings.weight": torch.ones(8, 4)}
+    for arguments, mlp in (
+        ({"swiglu": True}, '"swiglu"'),
+        ({"squared_relu": True, "swiglu": False, "gated_linear_unit": True}, '"relu2_glu"'),
+        ({"squared_relu": True, "swiglu": False}, None),
+    ):
+        common = {"iteration": 3, "args": argparse.Namespace(**arguments)}
+        path = megatron_directory(tmp_path / str(mlp).strip('"'), common, **embedding)
+        assert open_megatron(path).stated.get("model.mlp") == mlp
+
+
+def test_files_of_zero_without_what_deepspeed_puts_there(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    torch.save({"other": 1}, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    torch.save({"other": 1}, tmp_path / "mp_rank_00_model_states.pt")
+    message = megatron_refusal(tmp_path, make_config())
+    assert "not laid out as DeepSpeed 0.19 saves ZeRO checkpoints (KeyError(" in message
+
+
 def test_damaged_chunks_are_named(tmp_path: Path) -> None:
     from bitscale.sources.torch_dist import TorchDist
 

@@ -82,6 +82,24 @@ def test_launchers_state_their_usage(name: str) -> None:
     assert "CONFIG" in stderr
 
 
+def test_mpi_starts_nothing_without_an_environment_to_hand_on(tmp_path: Path) -> None:
+    programs = {
+        "bitscale": "echo 'error: OMP_PLACES cannot be handed to other hosts' >&2; exit 2",
+        "mpirun": "echo started >&2",
+        "python": "",
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    code, stderr = run_script("launch/mpi.sh", "2", "run.yaml", search_path=path)
+    assert (code, stderr) == (2, "error: OMP_PLACES cannot be handed to other hosts\n")
+    (tmp_path / "bitscale").write_text("#!/bin/sh\nprintf 'PATH=/bin\\nTZ=UTC\\n'\n")
+    (tmp_path / "mpirun").write_text('#!/bin/sh\necho "$@" >&2\n')
+    code, stderr = run_script("launch/mpi.sh", "2", "run.yaml", search_path=path)
+    assert code == 0 and " -x PATH -x TZ " in stderr
+
+
 def test_quickstart_refuses_unknown_arguments() -> None:
     assert run_script("launch/quickstart.sh", "--corpse", "x") == (
         2,

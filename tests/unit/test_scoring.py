@@ -17,7 +17,14 @@ from bitscale.data.batches import EvaluationBatch
 from bitscale.data.tokenizer import load_tokenizer, train_tokenizer
 from bitscale.errors import CheckpointError, ConfigError, DataError
 from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
-from bitscale.scoring.held_out import HeldOut, Text, ratio_stderr, score_held_out, text_files
+from bitscale.scoring.held_out import (
+    HeldOut,
+    Text,
+    corpus_texts,
+    ratio_stderr,
+    score_held_out,
+    text_files,
+)
 from bitscale.scoring.model import (
     Continuation,
     ScoredModel,
@@ -285,11 +292,27 @@ def test_errors_name_value_reason_and_remedy(
         ("--split", "exam"): "no corpus has a 'exam' split",
         ("--stride", "99"): "a stride of 99 leaves out targets",
         ("--out", "/proc/absent/x.json"): "--out /proc/absent/x.json cannot be written",
+        ("--out", str(tmp_path)): f"--out {tmp_path} is a directory; name a file, such as",
     }
     for arguments, message in cases.items():
         assert main(["eval", model, *arguments]) == 2, arguments
         error = capsys.readouterr().err.splitlines()[-1]
         assert message in error, error
+
+
+def test_a_published_model_names_no_text() -> None:
+    with pytest.raises(DataError, match="does not say what text it was trained on; name some with"):
+        corpus_texts([], "", "valid")
+
+
+def test_a_byte_order_mark_is_no_text(corpus: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(corpus / "tokenizer.model")
+    (tmp_path / "plain.txt").write_text("the river")
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfthe river")
+    files = [tmp_path / "plain.txt", tmp_path / "marked.txt"]
+    with text_files(files, tokenizer) as (plain, marked):
+        assert marked.shard.num_tokens == plain.shard.num_tokens
+        assert marked.bytes_per_token == plain.bytes_per_token
 
 
 def test_the_tokenizer_must_be_the_models_own(

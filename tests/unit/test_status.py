@@ -233,6 +233,8 @@ def test_commands(tmp_path: Path, capsys: Capture) -> None:
     assert how[0].startswith(f"rank 0: ssh elsewhere kill -USR2 {os.getpid()}, then read ")
     assert main(["status", str(tmp_path / "b"), "--watch"]) == 0  # it has ended: shown once
     assert capsys.readouterr().out.count("finished") == 1
+    assert main(["runs", str(tmp_path), "--state", "runing"]) == 2
+    assert "--state 'runing' is none; use running, stalled, fin" in capsys.readouterr().err
     assert main(["runs", str(tmp_path), "--state", "finished"]) == 0
     assert [row.split()[1] for row in capsys.readouterr().out.splitlines()] == ["state", "finished"]
     assert main(["runs", str(tmp_path), "--json"]) == 0

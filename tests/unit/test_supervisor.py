@@ -78,6 +78,16 @@ def test_one_supervisor_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert f"is in use by process {os.getpid()} on" in capsys.readouterr().err
 
 
+def test_a_host_without_ssh_is_told_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hosts").write_text("node1 slots=1\n")
+    config_file = str(write_config(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["supervise", config_file, "--hostfile", str(tmp_path / "hosts")]) == 2
+    assert "this host has no ssh to reach the others by" in capsys.readouterr().err
+
+
 def test_ranks_know_their_number_and_the_meeting_point() -> None:
     variables = rank_variables([Host("b", 2), Host("a", 1)], "b", 1234)
     assert [own["RANK"] for own in variables["b"]] == ["0", "1"]
