@@ -147,8 +147,10 @@ class QuantizedLinear:
 
     def fuses(self, norm: nn.Module | None) -> bool:
         """Whether `quantize_input` computes the norm in one pass with the codes."""
-        has_codes = self._kernels is not None and self.strength == TERNARY
-        return has_codes and isinstance(norm, RMSNorm)
+        if self._kernels is None or self.strength != TERNARY or not isinstance(norm, RMSNorm):
+            return False
+        # A layer may be ternary by itself (bitscale probe), while its norm has yet to come in.
+        return not isinstance(norm, BlendedNorm) or norm.strength == 1.0
 
     def prepare_weight(self) -> None:
         """Compute what the coming forward passes share, unless it is there already."""
