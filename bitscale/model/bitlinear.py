@@ -10,11 +10,13 @@ norm before them in one pass with its codes (`shared_input`).
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from bitscale.config.spec import QuantSpec, kernel_measure
@@ -57,6 +59,7 @@ class PreparedWeight(NamedTuple):
     blended_FD: Tensor | None  # 0 < λ < 1 (or 16-bit activations), on kernels: w_λ
     specified: Codes | None  # presets that no kernel computes
     packed: PackedTernary | None = None  # in place of `codes`
+    is_given: bool = False  # by somebody who knows when the weight changes
 
 
 class QuantizedLinear:
@@ -154,9 +157,10 @@ class QuantizedLinear:
 
     def prepare_weight(self) -> None:
         """Compute what the coming forward passes share, unless it is there already."""
-        made_for = self._made_for()
-        if self._prepared_for != made_for:
-            self.prepared, self._prepared_for = self._prepare(), made_for
+        count_updates()
+        if self._prepared_for != self._made_for():
+            self.prepared = self._prepare()
+            self._prepared_for = self._made_for()
 
     @staticmethod
     def prepare_many(layers: "Sequence[QuantizedLinear]") -> None:
@@ -175,9 +179,9 @@ class QuantizedLinear:
         """
         assert self.strength == TERNARY and self._kernels is not None
         if isinstance(codes, PackedTernary):
-            self.prepared = PreparedWeight(None, None, None, codes)
+            self.prepared = PreparedWeight(None, None, None, codes, is_given=True)
         else:
-            self.prepared = PreparedWeight(codes, None, None)
+            self.prepared = PreparedWeight(codes, None, None, is_given=True)
         self._prepared_for = self._made_for()
 
     def forget_weight(self) -> None:
@@ -207,7 +211,8 @@ class QuantizedLinear:
     def _made_for(self) -> tuple[object, ...]:
         parameters = [self.weight] if self.alpha is None else [self.weight, self.alpha]
         versions = tuple((p._version, p.data_ptr()) for p in parameters)
-        return (versions, self.strength, self.spec)
+        is_given = self.prepared is not None and self.prepared.is_given
+        return (versions, None if is_given else _num_updates, self.strength, self.spec)
 
     @property
     def _kernels(self) -> Kernels | None:
@@ -382,14 +387,30 @@ def prepare_weights(model: nn.Module) -> None:
 
     Call it after `set_strength` and before the micro-batches of a step. Without it every forward
     pass quantizes for itself, with the same result. A weight that is changed in place, or whose
-    storage or λ is another, is noticed and quantized anew; one that is written through `.data`
-    (DeepSpeed does) is not: call `forget_weights` then. A compiled graph notices neither.
+    storage or λ is another, is noticed and quantized anew, and so is every weight after a step of
+    any `torch.optim.Optimizer`; one that is written through `.data` at other times is not: call
+    `forget_weights` then. A compiled graph notices none of this.
     """
     batches: dict[Callable[..., None], list[QuantizedLinear]] = {}
     for _, layer in bit_linears(model):
         batches.setdefault(type(layer).prepare_many, []).append(layer)
     for prepare_many, layers in batches.items():
         prepare_many(layers)
+
+
+_num_updates = 0  # steps of all optimizers, since weights were first prepared
+
+
+@cache
+def count_updates() -> None:
+    """From now on: fused optimizers change weights, and Megatron's copy to them, without another
+    version."""
+
+    def count(*_: object) -> None:
+        global _num_updates
+        _num_updates += 1
+
+    register_optimizer_step_post_hook(count)
 
 
 def forget_weights(model: nn.Module) -> None:
