@@ -113,6 +113,20 @@ def test_forward_is_that_of_the_preset_and_back() -> None:
     assert unbitlinearize(model) == ()
 
 
+@pytest.mark.parametrize("name", ["b158", "twn", "quest"])
+def test_sums_are_exact_under_autocast(name: str) -> None:
+    """bf16 would round them: another output than that of the exported model."""
+    layer = nn.Linear(128, 8)
+    bitlinearize(layer, name)
+    x, grad = gaussian(3, 128).requires_grad_(), gaussian(3, 8, seed=1)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = layer(x)
+        results.append([y, *torch.autograd.grad(y, [x, layer.weight, layer.bias], grad)])
+    assert all(torch.equal(got, want) for want, got in zip(*results, strict=True))
+
+
 def test_what_is_tied_stays_tied() -> None:
     model = tiny()
     bitlinearize(model)
