@@ -98,6 +98,8 @@ class QuantizedLinear:
                 self.alpha.copy_(initial_scale(self.weight))
 
     def forward(self, x: Tensor | QuantizedInput) -> Tensor:
+        if isinstance(x, Tensor) and x.dim() == 1:  # one token, as nn.Linear takes it
+            return self.forward(x[None]).squeeze(0)
         given = self.quantize_input(x) if isinstance(x, Tensor) else x
         weight = self._weight()
         if self._kernels is None or self.strength == SIXTEEN_BIT:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gaussian import gaussian
+from kernel_cases import NEEDS_CPU_KERNELS
 from torch import Tensor, nn
 
 import bitscale
@@ -125,6 +126,31 @@ def test_sums_are_exact_under_autocast(name: str) -> None:
             y = layer(x)
         results.append([y, *torch.autograd.grad(y, [x, layer.weight, layer.bias], grad)])
     assert all(torch.equal(got, want) for want, got in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("b158", "reference"),
+        ("twn", "reference"),
+        pytest.param("b158", "cpu", marks=NEEDS_CPU_KERNELS),
+    ],
+)
+def test_one_token_without_a_batch(name: str, kernel: str) -> None:
+    layer = nn.Linear(16, 8)
+    bitlinearize(layer, name, kernel=kernel)
+    x, grad = gaussian(16).requires_grad_(), gaussian(8, seed=1)
+    leaves = [x, layer.weight, layer.bias]
+    for strength in (TERNARY, Strength(0.5, 0.5), SIXTEEN_BIT):
+        set_strength(layer, strength)
+        y, want = layer(x), layer(x[None])
+        assert y.shape == (8,) and torch.equal(y, want[0])
+        for left, right in zip(
+            torch.autograd.grad(y, leaves, grad),
+            torch.autograd.grad(want, leaves, grad[None]),
+            strict=True,
+        ):
+            assert torch.equal(left, right)
 
 
 def test_what_is_tied_stays_tied() -> None:
