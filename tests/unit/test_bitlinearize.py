@@ -153,6 +153,21 @@ def test_one_token_without_a_batch(name: str, kernel: str) -> None:
             assert torch.equal(left, right)
 
 
+@NEEDS_CPU_KERNELS
+def test_the_next_layer_may_write_into_the_output() -> None:
+    """nn.ReLU(inplace=True); autograd refuses that for a view made in a custom function."""
+    model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(inplace=True))
+    reference = copy.deepcopy(model)
+    bitlinearize(model, kernel="cpu")
+    bitlinearize(reference)
+    x = gaussian(2, 3, 16)
+    grads = []
+    for each in (model, reference):
+        each(x).sum().backward()
+        grads.append(each[0].weight.grad)
+    torch.testing.assert_close(*grads)
+
+
 def test_what_is_tied_stays_tied() -> None:
     model = tiny()
     bitlinearize(model)
