@@ -29,7 +29,7 @@ from bitscale.errors import ConfigError
 from bitscale.quant.learned import inside_clip, with_scale_gradient, with_zero_gradient
 from bitscale.quant.quantizer import Codes, dequantize, inside_range, quantize, step
 from bitscale.quant.schedule import Strength
-from bitscale.quant.surroundings import matmul
+from bitscale.quant.surroundings import matmul, refuse_second_derivative
 
 ACTIVATION_MAX = 127.0  # b158's
 MAX_EXACT_INPUTS = 2**24 // 128  # b158's: a product of its codes is at most 128
@@ -477,6 +477,7 @@ class _IntegerLinear(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        refuse_second_derivative()
         x_codes_TD, x_scale_T1, w_codes_FD, w_scale = ctx.saved_tensors  # type: ignore[attr-defined]
         needs_x, needs_w, needs_bias, _, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
         dtype = grads[0].dtype

@@ -168,6 +168,23 @@ def test_the_next_layer_may_write_into_the_output() -> None:
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("name", ["b158", "twn"])
+def test_a_gradient_of_the_gradient_is_refused_where_it_would_be_wrong(name: str) -> None:
+    layer = nn.Linear(16, 8)
+    bitlinearize(layer, name)
+    x, grad = gaussian(2, 16).requires_grad_(), gaussian(2, 8, seed=1)
+
+    def penalty(strength: Strength) -> Tensor:
+        set_strength(layer, strength)
+        (grad_x,) = torch.autograd.grad(layer(x), x, grad, create_graph=True)
+        return grad_x.square().sum()
+
+    penalty(Strength(0.99, 0.99)).backward()
+    assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0
+    with pytest.raises(RuntimeError, match=r"create_graph=True.* first derivative only; leave"):
+        penalty(TERNARY)
+
+
 def test_what_is_tied_stays_tied() -> None:
     model = tiny()
     bitlinearize(model)
