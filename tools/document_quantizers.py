@@ -46,8 +46,9 @@ norm, gradient, and what is added to the output. `bitscale/quant/reference.py` c
   the preset's norm, if it has one).
 - **λ = 1 with `product: integer`** (b158, torchao, absmedian, twn, int2 to int4, quest) sums products of
   codes exactly in fp32, up to 2^24 / (largest product) inputs: 131,072 for ternary, 16,384 for int4;
-  the result does not depend on order or sharding. The other presets, and 0 < λ < 1, multiply
-  floating-point tensors as their peers do.
+  the result does not depend on order or sharding, nor on `torch.autocast` (the output has the input's
+  dtype there, too). It has a first derivative only: `create_graph=True` is refused. The other presets, and
+  0 < λ < 1, multiply floating-point tensors as their peers do.
 - **Gradients** pass straight through to x and w; `quant.gradient=clip` stops those of weights beyond
   the outermost code, and `quest` those of weights and inputs further than half a level from theirs.
 - **Learned scales** (`paretoq`): every layer has a parameter α, one number a row. It

@@ -10,11 +10,13 @@ norm before them in one pass with its codes (`shared_input`).
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from bitscale.config.spec import QuantSpec, kernel_measure
@@ -57,6 +59,7 @@ class PreparedWeight(NamedTuple):
     blended_FD: Tensor | None  # 0 < λ < 1 (or 16-bit activations), on kernels: w_λ
     specified: Codes | None  # presets that no kernel computes
     packed: PackedTernary | None = None  # in place of `codes`
+    is_given: bool = False  # by somebody who knows when the weight changes
 
 
 class QuantizedLinear:
@@ -95,6 +98,8 @@ class QuantizedLinear:
                 self.alpha.copy_(initial_scale(self.weight))
 
     def forward(self, x: Tensor | QuantizedInput) -> Tensor:
+        if isinstance(x, Tensor) and x.dim() == 1:  # one token, as nn.Linear takes it
+            return self.forward(x[None]).squeeze(0)
         given = self.quantize_input(x) if isinstance(x, Tensor) else x
         weight = self._weight()
         if self._kernels is None or self.strength == SIXTEEN_BIT:
@@ -147,14 +152,17 @@ class QuantizedLinear:
 
     def fuses(self, norm: nn.Module | None) -> bool:
         """Whether `quantize_input` computes the norm in one pass with the codes."""
-        has_codes = self._kernels is not None and self.strength == TERNARY
-        return has_codes and isinstance(norm, RMSNorm)
+        if self._kernels is None or self.strength != TERNARY or not isinstance(norm, RMSNorm):
+            return False
+        # A layer may be ternary by itself (bitscale probe), while its norm has yet to come in.
+        return not isinstance(norm, BlendedNorm) or norm.strength == 1.0
 
     def prepare_weight(self) -> None:
         """Compute what the coming forward passes share, unless it is there already."""
-        made_for = self._made_for()
-        if self._prepared_for != made_for:
-            self.prepared, self._prepared_for = self._prepare(), made_for
+        count_updates()
+        if self._prepared_for != self._made_for():
+            self.prepared = self._prepare()
+            self._prepared_for = self._made_for()
 
     @staticmethod
     def prepare_many(layers: "Sequence[QuantizedLinear]") -> None:
@@ -173,9 +181,9 @@ class QuantizedLinear:
         """
         assert self.strength == TERNARY and self._kernels is not None
         if isinstance(codes, PackedTernary):
-            self.prepared = PreparedWeight(None, None, None, codes)
+            self.prepared = PreparedWeight(None, None, None, codes, is_given=True)
         else:
-            self.prepared = PreparedWeight(codes, None, None)
+            self.prepared = PreparedWeight(codes, None, None, is_given=True)
         self._prepared_for = self._made_for()
 
     def forget_weight(self) -> None:
@@ -205,7 +213,8 @@ class QuantizedLinear:
     def _made_for(self) -> tuple[object, ...]:
         parameters = [self.weight] if self.alpha is None else [self.weight, self.alpha]
         versions = tuple((p._version, p.data_ptr()) for p in parameters)
-        return (versions, self.strength, self.spec)
+        is_given = self.prepared is not None and self.prepared.is_given
+        return (versions, None if is_given else _num_updates, self.strength, self.spec)
 
     @property
     def _kernels(self) -> Kernels | None:
@@ -380,14 +389,30 @@ def prepare_weights(model: nn.Module) -> None:
 
     Call it after `set_strength` and before the micro-batches of a step. Without it every forward
     pass quantizes for itself, with the same result. A weight that is changed in place, or whose
-    storage or λ is another, is noticed and quantized anew; one that is written through `.data`
-    (DeepSpeed does) is not: call `forget_weights` then. A compiled graph notices neither.
+    storage or λ is another, is noticed and quantized anew, and so is every weight after a step of
+    any `torch.optim.Optimizer`; one that is written through `.data` at other times is not: call
+    `forget_weights` then. A compiled graph notices none of this.
     """
     batches: dict[Callable[..., None], list[QuantizedLinear]] = {}
     for _, layer in bit_linears(model):
         batches.setdefault(type(layer).prepare_many, []).append(layer)
     for prepare_many, layers in batches.items():
         prepare_many(layers)
+
+
+_num_updates = 0  # steps of all optimizers, since weights were first prepared
+
+
+@cache
+def count_updates() -> None:
+    """From now on: fused optimizers change weights, and Megatron's copy to them, without another
+    version."""
+
+    def count(*_: object) -> None:
+        global _num_updates
+        _num_updates += 1
+
+    register_optimizer_step_post_hook(count)
 
 
 def forget_weights(model: nn.Module) -> None:

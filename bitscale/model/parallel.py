@@ -23,6 +23,7 @@ from bitscale.model.bitlinear import (
     PreparedWeight,
     QuantizedInput,
     QuantizedLinear,
+    count_updates,
     kernels_for,
 )
 from bitscale.model.collectives import (
@@ -76,7 +77,9 @@ class ShardedLinear(QuantizedLinear):
 
     def prepare_with(self, scales_M: Tensor) -> None:
         """Make the codes (or w_λ) of the coming forward passes at these scales."""
-        self.prepared, self._prepared_for = self._prepare_at(scales_M), self._made_for()
+        count_updates()
+        self.prepared = self._prepare_at(scales_M)
+        self._prepared_for = self._made_for()
 
     def _prepare(self) -> PreparedWeight | None:
         return None if self.strength.weight == 0.0 else self._prepare_at(self._scales())

@@ -29,6 +29,7 @@ from bitscale.errors import ConfigError
 from bitscale.quant.learned import inside_clip, with_scale_gradient, with_zero_gradient
 from bitscale.quant.quantizer import Codes, dequantize, inside_range, quantize, step
 from bitscale.quant.schedule import Strength
+from bitscale.quant.surroundings import matmul, refuse_second_derivative
 
 ACTIVATION_MAX = 127.0  # b158's
 MAX_EXACT_INPUTS = 2**24 // 128  # b158's: a product of its codes is at most 128
@@ -377,7 +378,7 @@ def _rotate(t_FD: Tensor, spec: QuantSpec) -> Tensor:
             "another preset for this layer"
         )
     blocks = t_FD.reshape(*t_FD.shape[:-1], t_FD.shape[-1] // spec.hadamard, spec.hadamard)
-    rotated = blocks @ hadamard_matrix(spec.hadamard, t_FD.dtype, t_FD.device)
+    rotated = matmul(blocks, hadamard_matrix(spec.hadamard, t_FD.dtype, t_FD.device))
     return rotated.reshape(t_FD.shape)
 
 
@@ -420,7 +421,7 @@ def _codes_linear(
 def _integer_forward(x: Codes, weight: Codes, bias_F: Tensor | None) -> Tensor:
     """fp32 (Σ int8 · code) · r · s + bias."""
     # Integers in fp32: exact in any order, so the sum does not depend on the layout.
-    sums_TF = x.codes.float() @ weight.codes.float().T
+    sums_TF = matmul(x.codes.float(), weight.codes.float().T)
     y_TF = sums_TF * x.scale * _scale_of_outputs(weight)
     return y_TF if bias_F is None else y_TF + bias_F.float()
 
@@ -476,6 +477,7 @@ class _IntegerLinear(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, *grads: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        refuse_second_derivative()
         x_codes_TD, x_scale_T1, w_codes_FD, w_scale = ctx.saved_tensors  # type: ignore[attr-defined]
         needs_x, needs_w, needs_bias, _, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
         dtype = grads[0].dtype

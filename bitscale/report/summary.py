@@ -58,7 +58,7 @@ def summarize(run: Run) -> Summary:
         config_hash=str(hashes[-1]) if hashes else None,
         steps=int(run.train["step"][-1]),
         planned_steps=planned_steps(run),
-        finished=any(line["event"] == "finished" for line in run.events),
+        finished=_is_finished(run),
         tokens=int(run.train["tokens"][-1]),
         final_train_loss=_finite_mean(last_steps),
         final_valid_loss=_last(valid["loss"]),
@@ -80,6 +80,13 @@ def planned_steps(run: Run) -> int:
     """The planned length by the latest start or resume event, else the steps done."""
     planned = [line["num_steps"] for line in run.events if "num_steps" in line]
     return int(planned[-1]) if planned else int(run.train["step"][-1])
+
+
+def _is_finished(run: Run) -> bool:
+    """Whether the last session came to the end; a longer run may have gone on from there."""
+    lives = [line["event"] for line in run.events]
+    lives = [event for event in lives if event in ("start", "resume", "finished")]
+    return lives[-1:] == ["finished"]
 
 
 def wall_seconds(run: Run) -> float | None:

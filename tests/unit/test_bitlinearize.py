@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gaussian import gaussian
+from kernel_cases import NEEDS_CPU_KERNELS
 from torch import Tensor, nn
 
 import bitscale
@@ -111,6 +112,77 @@ def test_forward_is_that_of_the_preset_and_back() -> None:
     assert vars(model.blocks[0]).keys() == vars(plain).keys()
     assert torch.equal(model(TOKENS), reference(TOKENS))
     assert unbitlinearize(model) == ()
+
+
+@pytest.mark.parametrize("name", ["b158", "twn", "quest"])
+def test_sums_are_exact_under_autocast(name: str) -> None:
+    """bf16 would round them: another output than that of the exported model."""
+    layer = nn.Linear(128, 8)
+    bitlinearize(layer, name)
+    x, grad = gaussian(3, 128).requires_grad_(), gaussian(3, 8, seed=1)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = layer(x)
+        results.append([y, *torch.autograd.grad(y, [x, layer.weight, layer.bias], grad)])
+    assert all(torch.equal(got, want) for want, got in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("b158", "reference"),
+        ("twn", "reference"),
+        pytest.param("b158", "cpu", marks=NEEDS_CPU_KERNELS),
+    ],
+)
+def test_one_token_without_a_batch(name: str, kernel: str) -> None:
+    layer = nn.Linear(16, 8)
+    bitlinearize(layer, name, kernel=kernel)
+    x, grad = gaussian(16).requires_grad_(), gaussian(8, seed=1)
+    leaves = [x, layer.weight, layer.bias]
+    for strength in (TERNARY, Strength(0.5, 0.5), SIXTEEN_BIT):
+        set_strength(layer, strength)
+        y, want = layer(x), layer(x[None])
+        assert y.shape == (8,) and torch.equal(y, want[0])
+        for left, right in zip(
+            torch.autograd.grad(y, leaves, grad),
+            torch.autograd.grad(want, leaves, grad[None]),
+            strict=True,
+        ):
+            assert torch.equal(left, right)
+
+
+@NEEDS_CPU_KERNELS
+def test_the_next_layer_may_write_into_the_output() -> None:
+    """nn.ReLU(inplace=True); autograd refuses that for a view made in a custom function."""
+    model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(inplace=True))
+    reference = copy.deepcopy(model)
+    bitlinearize(model, kernel="cpu")
+    bitlinearize(reference)
+    x = gaussian(2, 3, 16)
+    grads = []
+    for each in (model, reference):
+        each(x).sum().backward()
+        grads.append(each[0].weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("name", ["b158", "twn"])
+def test_a_gradient_of_the_gradient_is_refused_where_it_would_be_wrong(name: str) -> None:
+    layer = nn.Linear(16, 8)
+    bitlinearize(layer, name)
+    x, grad = gaussian(2, 16).requires_grad_(), gaussian(2, 8, seed=1)
+
+    def penalty(strength: Strength) -> Tensor:
+        set_strength(layer, strength)
+        (grad_x,) = torch.autograd.grad(layer(x), x, grad, create_graph=True)
+        return grad_x.square().sum()
+
+    penalty(Strength(0.99, 0.99)).backward()
+    assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0
+    with pytest.raises(RuntimeError, match=r"create_graph=True.* first derivative only; leave"):
+        penalty(TERNARY)
 
 
 def test_what_is_tied_stays_tied() -> None:

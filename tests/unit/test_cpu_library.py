@@ -143,3 +143,9 @@ def test_auto_takes_the_compiled_kernels_and_says_so_once(
     assert first is second
     assert first.name == "cpu"
     assert caplog.messages == ["quant.kernel='auto' on cpu: cpu"]
+
+
+def test_a_tensor_of_another_device_is_not_read() -> None:
+    """A model that was moved to a GPU with kernels of the CPU: its addresses would be followed."""
+    with pytest.raises(KernelUnavailable, match=r"a tensor is on 'meta'; .*set_kernels\)$"):
+        cpu_library.matrix(torch.empty(2, 3, device="meta"))

@@ -172,6 +172,40 @@ def test_a_write_through_data_needs_forget() -> None:
     assert not torch.equal(layer(x), before)
 
 
+class CopiesMasters(torch.optim.SGD):
+    """As Megatron's optimizer: the update reaches the weights through `.data`."""
+
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.copy_(parameter.data - 0.5 * parameter.grad)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda weights: torch.optim.SGD(weights, lr=0.5, fused=True), CopiesMasters],
+    ids=["fused", "through data"],
+)
+def test_a_step_of_an_optimizer_is_noticed_without_another_version(
+    make: Callable[..., torch.optim.Optimizer],
+) -> None:
+    layer = BitLinear(D, FF, QuantConfig())
+    set_strength(layer, TERNARY)
+    optimizer, x = make([layer.weight]), noise(5, D)
+    for _ in range(2):
+        prepare_weights(layer)
+        before, version = layer(x), layer.weight._version
+        before.square().sum().backward()
+        optimizer.step()
+        assert layer.weight._version == version, "what this test is about"
+        assert not layer.is_prepared()
+        assert not torch.equal(layer(x), before)
+        assert torch.equal(layer(x), fresh(layer)(x))
+    # Who gives codes knows when they end: DeepSpeed's update is not of the module's own weights.
+    layer.use_codes(layer._ternarize())
+    optimizer.step()
+    assert layer.is_prepared()
+
+
 def test_drawn_codes_are_drawn_anew() -> None:
     layer = BitLinear(D, FF, QuantConfig(preset="stochastic"))
     set_strength(layer, TERNARY)

@@ -63,6 +63,17 @@ def test_a_planted_spike_is_measured(tmp_path: Path) -> None:
     assert summary.median_tokens_per_second == 2000.0
 
 
+def test_a_finished_run_that_is_made_longer_is_not_finished(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run")
+    longer = Recorder(
+        run_dir, enabled=True, resume_step=STEPS, num_steps=2 * STEPS, tensorboard=False
+    )
+    longer.event(STEPS, STEPS * TOKENS, "resume")
+    longer.close()
+    summary = summary_of(run_dir)
+    assert (summary.finished, summary.planned_steps) == (False, 2 * STEPS)
+
+
 def test_no_spike_is_zero_and_a_lasting_one_is_not_recovered(tmp_path: Path) -> None:
     flat = summary_of(write_run(tmp_path / "flat", bump=-0.1, floor=-0.1))
     assert flat.spike_height == 0 and flat.tokens_to_recover == 0

@@ -88,3 +88,14 @@ def test_it_comes_with_the_strength_of_the_weights(make_config: MakeConfig) -> N
     with_ramp, _ = loss_and_grads(model)
     plain, _ = loss_and_grads(model_with(make_config, "false", Strength(0.25, 0.75)))
     assert not torch.equal(with_ramp, plain)
+
+
+def test_a_layer_that_is_ternary_alone_reads_what_its_norm_is_now(make_config: MakeConfig) -> None:
+    """As `bitscale probe` makes them; the others, and with them the SubLN, stay in 16 bit."""
+    losses = []
+    for sub_norm in ("transition", "false"):
+        model = model_with(make_config, sub_norm, SIXTEEN_BIT)
+        set_strength(model.get_submodule("layers.0.attn.o"), TERNARY)
+        set_strength(model.get_submodule("layers.0.mlp.down"), TERNARY)
+        losses.append(loss_and_grads(model)[0])
+    assert torch.equal(*losses)

@@ -74,18 +74,19 @@ def _integer_linear(
     bias_F: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    F, leading = w_FD.shape[0], x_TD.shape[:-1]
+    F = w_FD.shape[0]
+    y = empty(*x_TD.shape[:-1], F, dtype=dtype)  # no view: the next layer may write into it
     x_TD, r_T = x_TD.flatten(0, -2).contiguous(), row_scale_T1.reshape(-1)
-    y_TF = empty(x_TD.shape[0], F, dtype=dtype)
+    y_TF = y.view(x_TD.shape[0], F)
     bias = None if bias_F is None else bias_F.detach().float().contiguous()
     rows = _block_rows(F, 1)
     buffer = _sums_buffer(y_TF, rows, 1)
     for first in range(0, x_TD.shape[0], rows):
-        x, y, r = (t[first : first + rows] for t in (x_TD, y_TF, r_T))
-        sums = _sums_of(y, 1, buffer)
+        x, block, r = (t[first : first + rows] for t in (x_TD, y_TF, r_T))
+        sums = _sums_of(block, 1, buffer)
         torch._int_mm(x, w_FD.T, out=sums)
-        _scale_sums(sums, y, r, scale=scale, vector=bias)
-    return y_TF.view(*leading, F)
+        _scale_sums(sums, block, r, scale=scale, vector=bias)
+    return y
 
 
 @_integer_linear.register_fake

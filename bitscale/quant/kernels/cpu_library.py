@@ -67,6 +67,11 @@ class Launch(ctypes.Structure):
 
 def matrix(t: Tensor) -> Matrix:
     """A matrix (or vector, as one row) whose rows are contiguous; fp32, bf16 or fp16."""
+    if t.device.type != "cpu":  # its address means nothing here
+        raise KernelUnavailable(
+            f"quant.kernel='cpu' runs on a CPU and a tensor is on {t.device.type!r}; give the "
+            "model kernels of that device (bitscale.model.bitlinear.set_kernels)"
+        )
     assert t.stride(-1) == 1 or t.shape[-1] <= 1
     return Matrix(t.data_ptr(), t.stride(0) if t.dim() > 1 else 0, dtype_number(t.dtype))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from bitscale.quant.kernels.table import GradientBits, Kernels
 from bitscale.quant.packed_matrix import PackedTernary
 from bitscale.quant.reference import MAX_EXACT_INPUTS, Int8Rows, Ternary
+from bitscale.quant.surroundings import refuse_second_derivative
 
 
 class NormedInput(NamedTuple):
@@ -126,6 +127,7 @@ class _Grads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         grad_TF = grads[0]
         x_codes_TD, x_scale_T1, *weight = ctx.saved_tensors
         grad_x = grad_w = grad_bias = None

@@ -13,6 +13,7 @@ from bitscale.quant.kernels.plain_backward import input_grad, rms_norm_grad, wei
 from bitscale.quant.kernels.table import Kernels, Measure, NormedRows
 from bitscale.quant.quantizer import quantize
 from bitscale.quant.reference import Int8Rows, Ternary
+from bitscale.quant.surroundings import matmul
 
 
 def ternarize(w_FD: Tensor, measure: Measure, eps: float) -> Ternary:
@@ -44,7 +45,7 @@ def integer_linear(
 ) -> Tensor:
     """(Σ int8 · code) · r · s + bias in fp32, rounded once to `dtype`: [T, F]."""
     # Integers in fp32: exact in any order for D <= 131,072.
-    sums_TF = x.codes_TD.float() @ weight.codes_FD.float().T
+    sums_TF = matmul(x.codes_TD.float(), weight.codes_FD.float().T)
     y_TF = sums_TF * x.scale_T1 * weight.scale
     return (y_TF if bias_F is None else y_TF + bias_F.float()).to(dtype)
 

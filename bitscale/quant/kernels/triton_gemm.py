@@ -27,7 +27,8 @@ def integer_linear(
     """Twin of `plain.integer_linear`."""
     x_TD, w_FD = rows_of(x.codes_TD), rows_of(weight.codes_FD)
     (T, D), F = x_TD.shape, w_FD.shape[0]
-    y_TF = torch.empty((T, F), dtype=dtype, device=x_TD.device)
+    # No view: the next layer may write into it.
+    y_TF = torch.empty((*x.codes_TD.shape[:-1], F), dtype=dtype, device=x_TD.device)
     if T:
         tile = tile or forward_tile(T, F, (x_TD.stride(0), w_FD.stride(0)))
         forward[_grid(T, F, tile)](
@@ -35,7 +36,7 @@ def integer_linear(
             T, F, D, x_TD.stride(0), w_FD.stride(0),
             HAS_BIAS=bias_F is not None, **_options(tile, D),
         )  # fmt: skip
-    return y_TF.view(*x.codes_TD.shape[:-1], F)
+    return y_TF
 
 
 def input_grad(grad_TF: Tensor, weight: Ternary, tile: Tile | None = None) -> Tensor:
