@@ -5,8 +5,8 @@
     python tools/bench_ternary_zero.py --json out.json
 
 The contenders are worlds of gloo ranks with the same decoder, bf16 and random tokens, at λ = 1: a
-16-bit copy of each ternary matrix on every rank, codes in int8, in 2 bits, in 1.6 bits (base 3). They take turns step
-by step, so that a slow minute of the machine hits all. For each rank:
+16-bit copy of each ternary matrix on every rank, codes in int8, in 2 bits, in 1.6 bits (base 3).
+They take turns step by step, so that a slow minute of the machine hits all. For each rank:
 bytes of the storages that hold weights and codes (between steps, and within one), the largest
 resident set of a ternary step, what a step's collectives carry, and the step's time. The losses of
 all must be the same to the bit, or the exit code is 1.
