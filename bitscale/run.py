@@ -102,14 +102,18 @@ def compare(
 
     Our own checkpoints say everything. Of a foreign one only what it says is compared, and the
     position in the data; nothing else needs to be allowed. Neither may be a 16-bit one of after
-    the transition.
+    the transition, nor may λ fall.
 
     Raises CheckpointError for a difference that is not in `allowed`.
     """
     if not isinstance(source, ForeignSource):
         theirs = identity_for(cfg, source.meta)
         if _has_missed_transition(cfg, source.meta):
-            ours, theirs = _with_transition(cfg, source.meta, ours, theirs)
+            ours, theirs = _with_transition(cfg, ours, theirs, f"step {source.meta.step} or later")
+        elif _would_fall_back(cfg, source.meta):
+            ours, theirs = _with_transition(
+                cfg, ours, theirs, f"step {source.meta.step} or earlier"
+            )
         differences = check_identity(ours, theirs, source.path, allowed)
         differences += check_optimizer(cfg, source.meta, source.path, allowed)
         return Comparison(differences, [])
@@ -121,7 +125,7 @@ def compare(
         ours["data.position"] = f"{step * cfg.train.global_batch_size} sequences"
     start = transition_step(cfg)
     if start is not None and start < step:  # its weights are 16-bit ones for all that is known
-        ours, theirs = _with_transition(cfg, source.meta, ours, theirs)
+        ours, theirs = _with_transition(cfg, ours, theirs, f"step {step} or later")
     differences = check_identity(ours, theirs, source.path, allowed)
     if source.has_optimizer_state:
         differences += check_optimizer(cfg, source.meta, source.path, allowed)
@@ -139,11 +143,19 @@ def _has_missed_transition(cfg: Config, meta: checkpoint.Meta) -> bool:
     return never_begins or quant_strength(meta.step - 1, cfg) != SIXTEEN_BIT
 
 
+def _would_fall_back(cfg: Config, meta: checkpoint.Meta) -> bool:
+    """Whether λ of a run of `cfg` is lower at the checkpoint's step than it was before. A longer
+    run with the same `transition.at.fraction`, for one, has its transition later."""
+    strength = quant_strength(meta.step, cfg)
+    return strength.weight < meta.lambda_weight or strength.activation < meta.lambda_activation
+
+
 def _with_transition(
-    cfg: Config, meta: checkpoint.Meta, ours: Mapping[str, str], theirs: Mapping[str, str]
+    cfg: Config, ours: Mapping[str, str], theirs: Mapping[str, str], there: str
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Both sides with where the transition is, and where it might be."""
-    here, there = f"step {transition_step(cfg)}", f"step {meta.step} or later"
+    """Both sides with where the transition is, and where it was or might be."""
+    start = transition_step(cfg)
+    here = "null" if start is None else f"step {start}"
     return {**ours, "transition.at": here}, {**theirs, "transition.at": there}
 
 

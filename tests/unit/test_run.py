@@ -434,3 +434,35 @@ def test_a_fork_must_not_have_missed_its_transition(
     )
     (difference,) = run.compare(cfg, meta.identity, trunk, ["transition.at"]).differences
     assert "transition.at is step 7" in difference
+
+
+@pytest.mark.parametrize(
+    ("ours", "step", "lambda_weight", "is_refused"),
+    [
+        ("{step: 7}", 9, 0.25, False),  # its own ramp: steps 7 and 8 are done
+        ("{step: 7}", 9, 0.75, True),
+        ("{step: 8}", 9, 0.25, False),  # a step later, at which λ is .25 again
+        ("{step: 20}", 12, 1.0, True),
+        ("null", 12, 1.0, True),
+        ("{step: 0}", 0, 1.0, True),  # an imported ternary model, and a ramp
+        ("null", 0, 1.0, True),
+        ("null", 0, 0.0, False),
+    ],
+)
+def test_strength_must_not_fall(
+    ours: str, step: int, lambda_weight: float, is_refused: bool, make_config: MakeConfig
+) -> None:
+    """A longer run with the same `transition.at.fraction` would be 16 bit for a while again, and
+    the policy for the optimizer's state act twice."""
+    ramp = ("transition.ramp.shape=linear", "transition.ramp.over.steps=4")
+    cfg = make_config(f"transition.at={ours}", *ramp)
+    meta = meta_of(make_config("transition.at.step=3"), step, lambda_weight)
+    before: Any = SimpleNamespace(path=Path("before"), meta=meta)
+    if not is_refused:
+        assert run.compare(cfg, meta.identity, before, ()).differences == []
+        return
+    here = ours if ours == "null" else ours.strip("{}").replace(":", "")
+    message = f"transition.at is {here} here and step {step} or earlier in before; use"
+    with pytest.raises(CheckpointError, match=message):
+        run.compare(cfg, meta.identity, before, ())
+    assert len(run.compare(cfg, meta.identity, before, ["transition.at"]).differences) == 1
