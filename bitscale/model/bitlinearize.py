@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bitscale.config.presets import preset
-from bitscale.config.spec import QuantSpec
+from bitscale.config.spec import QuantSpec, max_exact_inputs
 from bitscale.errors import ConfigError
 from bitscale.model.bitlinear import (
     QUANTIZATION,
@@ -189,6 +189,13 @@ def _check_layer(
         raise ConfigError(
             f"bitlinearize: {name} has {columns} inputs, which the preset's Hadamard blocks of "
             f"{spec.hadamard} do not divide; exclude it or use another preset"
+        )
+    sums_integers = spec.product == "integer" and isinstance(layer, nn.Linear)
+    if sums_integers and columns > max_exact_inputs(spec):
+        raise ConfigError(
+            f"bitlinearize: {name} has {columns} inputs, and fp32 holds sums of products of the "
+            f"preset's codes exactly up to {max_exact_inputs(spec)}; exclude it or use "
+            "product='dequantized'"
         )
     for num_rows in rows or (layer.weight.shape[0],):
         try:

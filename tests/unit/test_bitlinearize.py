@@ -398,6 +398,17 @@ def test_impossible_strength(strength: Strength, message: str) -> None:
     assert model.qkv.strength == TERNARY
 
 
+def test_too_many_inputs_are_refused_before_the_transition() -> None:
+    layer = nn.Linear(16_385, 1)
+    message = (
+        r"^bitlinearize: 0 has 16385 inputs, .* exactly up to 16384; exclude it or use product="
+    )
+    with pytest.raises(ConfigError, match=message):
+        bitlinearize(nn.Sequential(layer), "int4", strength=SIXTEEN_BIT)
+    assert type(layer) is nn.Linear
+    assert bitlinearize(nn.Sequential(layer), "b158") == ("0",)
+
+
 def test_subclasses_are_not_converted_behind_their_back() -> None:
     model = nn.Sequential(nn.Linear(4, 4), Doubling(4, 4))
     with pytest.raises(ConfigError, match=r"1 is a Doubling, .*exclude='1'"):
