@@ -25,7 +25,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="MODEL", type=Path, help="directory or .bin file")
+    parser.add_argument("source", metavar="MODEL", type=Path, help="directory, GGUF or .bin file")
     parser.add_argument("out", metavar="OUT", type=Path, help="new directory, the checkpoint")
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="of the run that will go on from it"
