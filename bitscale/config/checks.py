@@ -14,7 +14,7 @@ from bitscale.config.derived import (
     transition_step,
 )
 from bitscale.config.schema import Config, ModelConfig
-from bitscale.config.spec import SPARSE_BLOCK, kernel_measure
+from bitscale.config.spec import SPARSE_BLOCK, kernel_measure, max_exact_inputs
 from bitscale.errors import ConfigError
 
 # DeepSpeed keys that bitscale derives; letting a raw section change them would make the
@@ -289,6 +289,16 @@ def _check_quant(cfg: Config) -> None:
                 f"quant: {divisor} ({what}) does not divide {name}={width}; "
                 "choose another size or granularity"
             )
+    if spec.product == "integer" and spec.activation is not None:
+        limit = max_exact_inputs(spec)
+        num_inputs = {"model.d_model": m.d_model, "model.d_ff": m.d_ff // cfg.parallel.tp}
+        for name, number in num_inputs.items():
+            if number > limit:
+                raise ConfigError(
+                    f"quant.preset={cfg.quant.preset!r} sums products of codes exactly for up to "
+                    f"{limit} inputs of a matrix, and {name} gives it {number}; use a preset "
+                    "without integer products (docs/quantizers.md), or a smaller model"
+                )
 
 
 def check_tensor_parallel(m: ModelConfig, tp: int) -> None:

@@ -107,6 +107,10 @@ COMBINATION_ERRORS = {
         ["model.norm=layernorm", "model.sub_norm=true"],
         ["model.sub_norm=true", "model.norm='rmsnorm'"],
     ),
+    "more inputs than are summed exactly": (
+        ["quant.preset=int4", "model.d_ff=16640"],
+        ["quant.preset='int4'", "up to 16384 inputs", "model.d_ff gives it 16640"],
+    ),
     "bf16 at stage 0": (
         ["train.dtype=bf16", "engine.zero_stage=0"],
         ["engine.zero_stage=0", "train.dtype='bf16'", "use engine.zero_stage=1"],
