@@ -256,7 +256,8 @@ def find_cause(attempt: Attempt) -> Failure:
     first = failed[0]
     where = f"rank {first.rank} on {first.host} (pid {first.pid})"
     if first.code < 0:
-        what = f"{where} was killed by {signal.Signals(-first.code).name}"
+        names = {number.value: number.name for number in signal.Signals}  # but of real-time ones
+        what = f"{where} was killed by {names.get(-first.code, f'signal {-first.code}')}"
         return Failure("rank", what, first.host, first.rank, first.code)
     told = attempt.last_words.get(first.rank, "it said nothing")
     kind: Kind = "bad input" if first.code == EXIT_BAD_INPUT else "rank"

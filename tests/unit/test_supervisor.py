@@ -215,6 +215,8 @@ def test_the_cause_is_not_the_first_to_end() -> None:
     cause = find_cause(attempt_of(missed, fault, killed))
     assert cause.text == "rank 2 on node2 (pid 102) was killed by SIGKILL"
     assert (cause.kind, cause.host, cause.rank, cause.exit_code) == ("rank", "node2", 2, -9)
+    by_real_time_signal = find_cause(attempt_of(ended(2, -37, 3.0)))
+    assert by_real_time_signal.text == "rank 2 on node2 (pid 102) was killed by signal 37"
     cause = find_cause(attempt_of(missed, killed, node3="closed the ssh connection"))
     assert cause.text == "host node3 (ranks 3) closed the ssh connection"
 
