@@ -88,7 +88,8 @@ DIFFERS = {
     "trilm": "No activation quantization; eps is added. Spectra's scale per model-parallel shard makes the "
     "model depend on the layout it was trained with: `row_shard`, `column_shard` reproduce it.",
     "twn": "A threshold and the mean of the survivors: less error, more zeros. Not idempotent either.",
-    "stochastic": "Codes are drawn at every forward pass, unbiased between −s and s but noisier. "
+    "stochastic": "Codes are drawn at every forward pass, unbiased between −s and s (in bf16, whose "
+    "draws are coarse, up to .004 off) but noisier. "
     "Telemetry draws from a generator of its own. No final model follows from it: finish with "
     "another preset.",
     "weight_only": "No activation quantization.",
