@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitscale import bitlinearize
-from bitscale.config import Checkpointing, ModelConfig, Packing, QuantConfig
+from bitscale.config import Checkpointing, ModelConfig, QuantConfig
 from bitscale.config.presets import PRESETS, preset
 from bitscale.errors import ConfigError, KernelUnavailable
 from bitscale.model.bitlinear import (
@@ -31,7 +31,6 @@ from bitscale.model.bitlinear import (
 )
 from bitscale.model.decoder import Block, Decoder
 from bitscale.quant.kernels import get_kernels, log_specification, plain
-from bitscale.quant.packed_matrix import PackedTernary, pack_piece, packed_bytes
 from bitscale.quant.schedule import SIXTEEN_BIT, TERNARY, Strength
 
 pytestmark = pytest.mark.unit
@@ -469,39 +468,3 @@ def test_a_kernel_for_a_preset_that_it_does_not_compute(monkeypatch: pytest.Monk
         bitlinearize(linears, fused={"qkv": 3}, kernel="triton")
     assert type(linears["qkv"]) is nn.Linear
     get_kernels.cache_clear()
-
-
-def packed(codes_FD: Tensor, scale: Tensor, cut: int, packing: Packing) -> PackedTernary:
-    """In two pieces, as of two ranks."""
-    flat = codes_FD.flatten()
-    parts = [flat[:cut], flat[cut:]]
-    pieces = tuple(
-        torch.empty(1, packed_bytes(part.numel(), packing), dtype=torch.uint8) for part in parts
-    )
-    for part, piece in zip(parts, pieces, strict=True):
-        pack_piece(part, packing, piece[0])
-    sizes = tuple(part.numel() for part in parts)
-    return PackedTernary(pieces, sizes, codes_FD.shape, scale, packing)
-
-
-@pytest.mark.parametrize("checkpointing", get_args(Checkpointing))
-def test_packed_codes_are_the_same_pass_and_are_kept_packed(checkpointing: Checkpointing) -> None:
-    """Not even the weights are read; for the backward pass nothing of a weight's size is saved."""
-    model = decoder()
-    model.activation_checkpointing = checkpointing
-    set_strength(model, TERNARY)
-    prepare_weights(model)
-    wanted = loss_and_gradients(model)
-    for index, (_, layer) in enumerate(bit_linears(model)):
-        codes = layer.prepared.codes
-        layer.weight.data = torch.full((), torch.nan).expand(layer.weight.shape)
-        packing = get_args(Packing)[index % 2]
-        layer.use_codes(packed(*codes, cut=index + 1, packing=packing))
-        assert layer.is_prepared()
-    shapes = {tuple(layer.weight.shape) for _, layer in bit_linears(model)}
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
-        model(*tokens())
-    assert not [t for t in saved if t.dtype == torch.int8 and tuple(t.shape) in shapes]
-    got = loss_and_gradients(model)
-    assert all(map(torch.equal, got, wanted))
